@@ -1,0 +1,122 @@
+"""Plain dicts -> frozen dataclasses, strictly: unknown keys, missing keys and wrong types are errors with the nearest name."""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from functools import lru_cache
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from supar_sweep.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def decode(cls: type[T], plain: Mapping[str, Any], *, prefix: str = "") -> T:
+    """Return an instance of the frozen dataclass `cls` from a plain mapping, as Hydra composes it or JSON stores it.
+
+    Args:
+        cls: a dataclass of the schema.
+        plain: exactly its fields, nested mappings for nested dataclasses; fields with a default may be missing.
+        prefix: dotted path of `plain` in the user's config, for error texts.
+
+    Raises:
+        ConfigError: unknown or missing key, wrong type, or a value that the dataclass itself refuses.
+    """
+    if not isinstance(plain, Mapping):
+        raise ConfigError(prefix, f"must be a mapping of {cls.__name__} settings", value=plain)
+    known = {item.name: item for item in fields(cls)}  # type: ignore[arg-type]
+    for key in plain:
+        if key not in known:
+            raise ConfigError(
+                _join(prefix, str(key)), "unknown key", allowed=sorted(known), nearest_to=str(key)
+            )
+    hints = _hints(cls)
+    values: dict[str, Any] = {}
+    for name, item in known.items():
+        if name in plain:
+            values[name] = _value(hints[name], plain[name], _join(prefix, name))
+        elif item.default is MISSING and item.default_factory is MISSING:
+            raise ConfigError(_join(prefix, name), "is missing", allowed=item.metadata.get("doc", ""))
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        raise (error.under(prefix) if prefix else error) from None
+
+
+@lru_cache(maxsize=64)
+def _hints(cls: type[Any]) -> dict[str, Any]:
+    # evaluating string annotations is most of a decode, and a grid decodes thousands of cells
+    return get_type_hints(cls)
+
+
+def encode(config: Any) -> Any:
+    """Return the plain form (dicts, lists, scalars) of a dataclass: `decode` of it gives the dataclass back."""
+    if is_dataclass(config):
+        return {item.name: encode(getattr(config, item.name)) for item in fields(config)}
+    if isinstance(config, (list, tuple)):
+        return [encode(item) for item in config]
+    if isinstance(config, Mapping):
+        return {str(key): encode(value) for key, value in config.items()}
+    return config
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _value(hint: Any, value: Any, key: str) -> Any:
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        options = get_args(hint)
+        if value is None:
+            if type(None) in options:
+                return None
+            raise ConfigError(key, "must be set", value=None)
+        return _value(next(option for option in options if option is not type(None)), value, key)
+    if origin is Literal:
+        if value not in get_args(hint):
+            raise ConfigError(
+                key, "unknown choice", value=value, allowed=get_args(hint), nearest_to=str(value)
+            )
+        return value
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise ConfigError(key, "must be a list", value=value)
+        item_hint = get_args(hint)[0]
+        return tuple(_value(item_hint, item, f"{key}[{i}]") for i, item in enumerate(value))
+    if origin in (dict, Mapping) or hint is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(key, "must be a mapping", value=value)
+        return dict(value)
+    if is_dataclass(hint):
+        return decode(hint, value, prefix=key) if not isinstance(value, hint) else value  # type: ignore[arg-type]
+    if hint is Any or hint is object:
+        return value
+    return _scalar(hint, value, key)
+
+
+def _scalar(hint: Any, value: Any, key: str) -> Any:
+    # bool is an int in Python, but "seed: true" is a slip, not a seed
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if math.isnan(value):
+            raise ConfigError(key, "must be a number", value=value)
+        return float(value)
+    if hint is float and isinstance(value, str):
+        # YAML reads 1e-3 (no dot) as text; Hydra hands it on
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint is str and isinstance(value, str):
+        return value
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+    raise ConfigError(key, f"must be {names.get(hint, hint)}", value=value)

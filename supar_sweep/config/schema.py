@@ -1,0 +1,338 @@
+"""The schema of one cell: frozen dataclasses. Values stand in conf/, what may stand there stands here. No torch, no Hydra.
+
+A field without a default must be set by conf/. A field added after the first release carries `later(default)`: at that default
+it is left out of a cell's identity, so old hashes stay (sweep/identity.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+from supar_sweep.errors import ConfigError
+from supar_sweep.rules.hparams import BaseShape, HParams, Ratios
+from supar_sweep.rules.parameterization import (
+    DecayMode,
+    DepthRule,
+    Method,
+    OptimizerName,
+    Parameterization,
+    SpStart,
+)
+
+IDENTITY_DEFAULT = "identity_default"
+
+
+def setting(
+    doc: str,
+    *,
+    default: Any = MISSING,
+    choices: Sequence[str] = (),
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+) -> Any:
+    """Return a dataclass field with its documentation and range as metadata (checked by `check_ranges`)."""
+    metadata = {"doc": doc, "choices": tuple(choices), "ge": ge, "gt": gt, "le": le}
+    return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
+
+
+def later(doc: str, *, default: Any, **limits: Any) -> Any:
+    """Return a field added after release 0.1: left out of the identity while it stands at its behaviour-keeping default."""
+    made = setting(doc, default=default, **limits)
+    made.metadata = {**made.metadata, IDENTITY_DEFAULT: default}
+    return made
+
+
+def check_ranges(config: Any) -> None:
+    """Raise ConfigError for the first field of a dataclass outside the range that its metadata declares. None always passes."""
+    for item in fields(config):
+        value, meta = getattr(config, item.name), item.metadata
+        if value is None or not meta:
+            continue
+        if meta.get("choices") and value not in meta["choices"]:
+            raise ConfigError(
+                item.name,
+                "unknown choice",
+                value=value,
+                allowed=meta["choices"],
+                nearest_to=str(value),
+            )
+        parts = [
+            ("ge", ">=", lambda v, bound: v >= bound),
+            ("gt", ">", lambda v, bound: v > bound),
+            ("le", "<=", lambda v, bound: v <= bound),
+        ]
+        limits = [
+            (sign, meta[name], test) for name, sign, test in parts if meta.get(name) is not None
+        ]
+        if limits and not (
+            math.isfinite(value) and all(test(value, bound) for _, bound, test in limits)
+        ):
+            allowed = " and ".join(f"{sign} {bound:g}" for sign, bound, _ in limits)
+            raise ConfigError(item.name, "out of range", value=value, allowed=allowed)
+
+
+def require_only(config: Any, mode_key: str, used: dict[str, tuple[str, ...]]) -> None:
+    """Raise ConfigError where a field that the chosen mode needs is missing, or one that it does not read is set.
+
+    Args:
+        config: the dataclass; optional fields are None when not set.
+        mode_key: the field that chooses the mode.
+        used: mode -> the optional fields that it reads, all of them required.
+    """
+    mode = getattr(config, mode_key)
+    for name in sorted({name for names in used.values() for name in names}):
+        value = getattr(config, name)
+        if name in used[mode] and value is None:
+            raise ConfigError(name, f"must be set when {mode_key} is {mode}")
+        if name not in used[mode] and value is not None:
+            modes = [other for other, names in used.items() if name in names]
+            raise ConfigError(
+                name,
+                f"has no effect when {mode_key} is {mode}",
+                value=value,
+                allowed=f"null, or {mode_key} one of {', '.join(modes)}",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The decoder's shape."""
+
+    width: int = setting("d_model; a multiple of d_head", ge=1)
+    d_head: int = setting("head dimension; held fixed as width grows", ge=1)
+    n_layer: int = setting("number of blocks", ge=1)
+    context_tokens: int = setting("sequence length", ge=1)
+    position: str = setting("position encoding", choices=("learned", "alibi"))
+    activation: str = setting("MLP activation", choices=("gelu", "swiglu"))
+    bias: bool = setting("biases in linear layers and norms")
+    tied_head: bool = setting("logits reuse the embedding matrix (role embedding)")
+    ffn_mult: float = setting("MLP inner width / width", gt=0)
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if self.width % self.d_head:
+            low = self.width // self.d_head * self.d_head
+            raise ConfigError(
+                "width",
+                f"must be a multiple of d_head = {self.d_head}",
+                value=self.width,
+                allowed=f"{low or self.d_head} or {low + self.d_head}",
+            )
+        if (self.width * self.ffn_mult) % 1:
+            raise ConfigError(
+                "ffn_mult",
+                f"width * ffn_mult must be whole at width {self.width}",
+                value=self.ffn_mult,
+            )
+
+    @property
+    def n_head(self) -> int:
+        """Number of attention heads: width / d_head."""
+        return self.width // self.d_head
+
+    @property
+    def d_ffn(self) -> int:
+        """MLP inner width: width * ffn_mult."""
+        return int(self.width * self.ffn_mult)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where tokens come from."""
+
+    name: str = setting("corpus", choices=("stdlib", "text", "tokens", "hf"))
+    val_fraction: float | None = setting(
+        "share of the corpus held out, its tail", default=None, gt=0, le=0.5
+    )
+    paths: tuple[str, ...] | None = setting("files or globs of text", default=None)
+    train_path: str | None = setting("uint16 .bin of training tokens", default=None)
+    val_path: str | None = setting("uint16 .bin of held-out tokens", default=None)
+    vocab_size: int | None = setting("vocabulary of the token files", default=None, ge=2, le=65536)
+    dataset: str | None = setting("name on the Hugging Face hub, or a local folder", default=None)
+    dataset_config: str | None = setting("configuration of the dataset; may be null", default=None)
+    split: str | None = setting("split of the dataset", default=None)
+    column: str | None = setting("column that holds the text", default=None)
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if self.dataset_config is not None and self.name != "hf":
+            raise ConfigError(
+                "dataset_config", f"has no effect when name is {self.name}", value=self.dataset_config
+            )
+        require_only(
+            self,
+            "name",
+            {
+                "stdlib": ("val_fraction",),
+                "text": ("val_fraction", "paths"),
+                "tokens": ("train_path", "val_path", "vocab_size"),
+                "hf": ("val_fraction", "dataset", "split", "column"),
+            },
+        )
+
+    @property
+    def n_vocab(self) -> int:
+        """Vocabulary: 256 at byte level, else as configured."""
+        return self.vocab_size or 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The optimizer and what it decays and clips. Its learning rate is hparams.lr."""
+
+    name: OptimizerName = setting("optimizer", choices=("adamw", "sgd"))
+    decay_mode: DecayMode = setting(
+        "how weight decay scales with shape", choices=("scaled", "coupled", "independent")
+    )
+    clip_norm: float | None = setting("clip the global gradient norm; null = never", gt=0)
+    beta1: float | None = setting("AdamW", default=None, ge=0, le=1)
+    beta2: float | None = setting("AdamW", default=None, ge=0, le=1)
+    eps: float | None = setting("AdamW, in base units", default=None, gt=0)
+    momentum: float | None = setting("SGD", default=None, ge=0, le=1)
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        require_only(self, "name", {"adamw": ("beta1", "beta2", "eps"), "sgd": ("momentum",)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """The learning rate over steps, as a factor on every group's peak."""
+
+    name: str = setting("shape after warm-up", choices=("linear", "cosine", "constant"))
+    warmup_steps: int = setting("linear warm-up from 0", ge=0)
+    final_lr_fraction: float | None = setting(
+        "factor at the last step (linear, cosine)", default=None, ge=0, le=1
+    )
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        used = ("final_lr_fraction",)
+        require_only(self, "name", {"linear": used, "cosine": used, "constant": ()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One run's length, batch, precision, evaluation and ends."""
+
+    steps: int = setting("optimizer steps", ge=1)
+    batch_seqs: int = setting("sequences a step, over all accumulation steps", ge=1)
+    accumulation_steps: int = setting("micro-batches a step", ge=1)
+    precision: str = setting(
+        "arithmetic of the model", choices=("float32", "bfloat16", "float64")
+    )
+    summary_last_steps: int = setting("train_loss = mean over so many last steps", ge=1)
+    eval_every_steps: int | None = setting("held-out loss each so many steps; null = at the end", ge=1)
+    eval_seqs: int = setting("held-out sequences, the same for every cell", ge=1)
+    divergence_loss_mult: float = setting(
+        "diverged = loss above so many times log(vocabulary) ...", gt=1
+    )
+    divergence_patience_steps: int = setting("... for so many steps on end; non-finite at once", ge=1)
+    target: str | None = setting(
+        "dotted path of your own training function; null = the GPT", default=None
+    )
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if self.batch_seqs % self.accumulation_steps:
+            raise ConfigError(
+                "accumulation_steps",
+                f"must divide batch_seqs = {self.batch_seqs}",
+                value=self.accumulation_steps,
+            )
+        if self.summary_last_steps > self.steps:
+            raise ConfigError(
+                "summary_last_steps",
+                f"must not exceed steps = {self.steps}",
+                value=self.summary_last_steps,
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellConfig:
+    """Everything that changes the numbers of one run, and nothing else."""
+
+    parameterization: Parameterization = setting(
+        "rules", choices=("sp", "mup", "supar", "init_only", "lr_only")
+    )
+    sp_start: SpStart = setting("where SP's weights start", choices=("mup_dense", "own"))
+    depth: DepthRule = setting("depth rule", choices=("none", "gpt2", "completep"))
+    depth_alpha: float | None = setting("CompleteP's alpha", default=None, ge=0.5, le=1)
+    density: float = setting("live share of the sparse layers' weights", gt=0, le=1)
+    layer_density: str = setting("how density is shared between layers", choices=("uniform", "er"))
+    seed: int = setting("of init noise, masks and data order", ge=0, le=2**63 - 1)
+    base: BaseShape | None = setting("shape where every multiplier is 1; null only for SP")
+    hparams: HParams = setting("in base units")
+    model: ModelConfig = setting("shape of the target")
+    data: DataConfig = setting("corpus")
+    optimizer: OptimizerConfig = setting("optimizer")
+    schedule: ScheduleConfig = setting("learning rate over steps")
+    train: TrainConfig = setting("length, batch, precision, ends")
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        completep = self.depth == "completep"
+        if completep != (self.depth_alpha is not None):
+            raise ConfigError(
+                "depth_alpha",
+                "must be set when depth is completep, and null otherwise",
+                value=self.depth_alpha,
+            )
+        if self.base is None and (
+            self.parameterization != "sp" or self.sp_start != "own" or completep
+        ):
+            raise ConfigError(
+                "base",
+                f"{self.parameterization} with sp_start={self.sp_start}, depth={self.depth} needs a base shape",
+                value=None,
+                allowed="{width: ..., n_layer: ...}; only sp with sp_start=own goes without",
+            )
+        if self.schedule.warmup_steps >= self.train.steps and self.schedule.warmup_steps:
+            raise ConfigError(
+                "schedule.warmup_steps",
+                f"must be below train.steps = {self.train.steps}",
+                value=self.schedule.warmup_steps,
+            )
+        self.method()  # raises where optimizer and depth rule do not go together
+
+    def method(self) -> Method:
+        """Return the rules in force for this cell."""
+        return Method(
+            parameterization=self.parameterization,
+            optimizer=self.optimizer.name,
+            depth=self.depth,
+            depth_alpha=1.0 if self.depth_alpha is None else self.depth_alpha,
+            sp_start=self.sp_start,
+            decay_mode=self.optimizer.decay_mode,
+        )
+
+    def ratios(self, density: float | None = None) -> Ratios:
+        """Return the target's ratios to the base, m_rho from `density` (default: the cell's) in (0, 1]."""
+        base_width = self.base.width if self.base else self.model.width
+        base_n_layer = self.base.n_layer if self.base else self.model.n_layer
+        return Ratios(
+            m_d=self.model.width / base_width,
+            m_rho=self.density if density is None else density,
+            m_L=self.model.n_layer / base_n_layer,
+            n_layer=self.model.n_layer,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """How a cell is computed: nothing here changes its identity, and a resumed run keeps its checkpoint's route and threads."""
+
+    device: str = setting("where to train", choices=("auto", "cpu", "cuda"))
+    threads: int = setting("torch threads a process", ge=1)
+    route: str = setting("fp32 matmul on CPU", choices=("auto", "torch", "onednn"))
+    compile: bool = setting("torch.compile the model")
+    checkpoint_every_s: float | None = setting("seconds between checkpoints; null = by steps", ge=0)
+    checkpoint_every_steps: int | None = setting("steps between checkpoints; null = by time", ge=1)
+    keep_checkpoints: bool = setting("keep the last checkpoint after the result is published")
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
