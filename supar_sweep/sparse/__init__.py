@@ -1,0 +1,1 @@
+"""Sparsity: counter-based noise, layer densities, exact-count masks, layers that carry them."""

@@ -1,0 +1,495 @@
+"""Masks on parameters and the masked linear layer, checked against dense autograd and float64."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from supar_sweep.errors import ConfigError
+from supar_sweep.sparse.linear import (
+    MAX_ROUTE_ERROR,
+    MIN_ROUTE_SPEEDUP,
+    ROUTES,
+    MaskedLinear,
+    attach_mask,
+    choose_route,
+    decide_route,
+    named_masks,
+    set_route,
+    zero_dead,
+)
+from supar_sweep.sparse.masks import dense_mask
+
+FAN_IN, FAN_OUT, TOKENS = 24, 40, 12
+N_LIVE = 96
+
+
+def precision() -> Any:
+    """Return torch's oneDNN matmul setting, or None where this torch has none."""
+    return getattr(torch.backends.mkldnn, "matmul", None)
+
+
+has_onednn_setting = pytest.mark.skipif(
+    not hasattr(precision(), "fp32_precision"), reason="this torch has no oneDNN precision setting"
+)
+
+
+@pytest.fixture
+def onednn_is_fp32() -> None:
+    error = choose_route("cpu").error
+    if error is None or error >= MAX_ROUTE_ERROR:
+        pytest.skip("oneDNN's precision setting is absent, or not fp32 on this CPU")
+
+
+def layer(density_count: int | None = N_LIVE, *, bias: bool = True, route: str = "torch") -> Any:
+    torch.manual_seed(0)
+    made = MaskedLinear(FAN_IN, FAN_OUT, bias=bias, route=route)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.normal_()
+    if density_count is not None:
+        attach_mask(made, "weight", dense_mask(1, (FAN_OUT, FAN_IN), density_count))
+    return made
+
+
+def inputs(seed: int = 1) -> Tensor:
+    return torch.randn(3, TOKENS, FAN_IN, generator=torch.Generator().manual_seed(seed))
+
+
+def backward(loss: Any) -> None:
+    loss.backward()
+
+
+def dead(module: nn.Module, name: str = "weight") -> Tensor:
+    return ~module.get_buffer(f"{name}_mask")
+
+
+# ------------------------------------------------------------------ masks on parameters
+
+
+def test_attaching_zeroes_the_dead_weights_and_only_them() -> None:
+    dense, masked = layer(None), layer()
+    assert torch.equal(masked.weight, dense.weight * masked.weight_mask)
+    assert masked.density == N_LIVE / (FAN_IN * FAN_OUT)
+
+
+def test_a_full_mask_costs_nothing() -> None:
+    full = layer(FAN_IN * FAN_OUT)
+    assert full.density == 1.0
+    assert list(full.state_dict()) == ["weight", "bias"]
+    assert not full._forward_pre_hooks
+    assert not full.weight._post_accumulate_grad_hooks
+    assert named_masks(full) == {}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_gradients_are_masked_dense_autograd(route: str) -> None:
+    if route == "onednn" and not hasattr(precision(), "fp32_precision"):
+        pytest.skip("this torch has no oneDNN precision setting")
+    masked = layer(route=route)
+    x = inputs().requires_grad_()
+    masked(x).square().sum().backward()
+
+    weight, bias = (p.detach().double().requires_grad_() for p in (masked.weight, masked.bias))
+    x_ref = inputs().double().requires_grad_()
+    backward(F.linear(x_ref, weight, bias).square().sum())
+
+    assert weight.grad is not None
+    assert bool((masked.weight.grad[dead(masked)] == 0).all())
+    tolerance = 1e-6 if route == "torch" else 2 * MAX_ROUTE_ERROR
+    pairs = [
+        (masked.weight.grad, weight.grad * masked.weight_mask),
+        (masked.bias.grad, bias.grad),
+        (x.grad, x_ref.grad),
+    ]
+    for got, want in pairs:
+        assert (got - want).norm() <= tolerance * want.norm()
+    assert masked.weight.grad.is_contiguous()
+
+
+def test_accumulated_gradients_are_masked_too() -> None:
+    masked = layer()
+    masked(inputs(1)).square().sum().backward()
+    first = masked.weight.grad.clone()
+    masked(inputs(2)).square().sum().backward()
+    second = masked.weight.grad - first
+    assert bool((masked.weight.grad[dead(masked)] == 0).all())
+    assert second.abs().sum() > 0
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_dead_entries_stay_zero_through_adamw_decay_and_clipping(fused: bool) -> None:
+    model: Any = nn.Sequential(layer(), nn.GELU(), MaskedLinear(FAN_OUT, 4))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5, fused=fused)
+    masked = model[0]
+    start = masked.weight.detach().clone()
+    for step in range(20):
+        optimizer.zero_grad()
+        nn.init.normal_(model[2].weight, generator=torch.Generator().manual_seed(step))
+        model(inputs(step)).square().sum().backward()
+        live_norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None])
+        clipped = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        assert torch.isclose(clipped, live_norm.norm())
+        optimizer.step()
+        moments = [optimizer.state[masked.weight][key] for key in ("exp_avg", "exp_avg_sq")]
+        for tensor in (masked.weight.detach(), masked.weight.grad, *moments):
+            assert int((tensor[dead(masked)] != 0).sum()) == 0
+    assert bool((masked.weight != start)[masked.weight_mask].all())
+
+
+def test_clip_norm_is_that_of_the_live_gradients() -> None:
+    masked = layer(bias=False)
+    masked(inputs()).square().sum().backward()
+    weight = masked.weight.detach().clone().requires_grad_()
+    backward(F.linear(inputs(), weight).square().sum())
+    assert weight.grad is not None
+    norm = nn.utils.clip_grad_norm_(masked.parameters(), 1e9)
+    assert torch.isclose(norm, weight.grad[masked.weight_mask].norm())
+    assert norm < 0.9 * weight.grad.norm()
+
+
+def test_any_parameter_of_any_module_can_be_masked() -> None:
+    conv = nn.Conv2d(3, 5, 3)
+    mask = dense_mask(2, (5, 27), 20).reshape(5, 3, 3, 3)
+    assert attach_mask(conv, "weight", mask)
+    assert attach_mask(conv, "bias", torch.tensor([True, False, True, True, True]))
+    assert conv.bias is not None
+    conv(torch.ones(1, 3, 8, 8)).square().sum().backward()
+    for name in ("weight", "bias"):
+        for tensor in (conv.get_parameter(name), conv.get_parameter(name).grad):
+            assert tensor is not None
+            assert bool((tensor[dead(conv, name)] == 0).all())
+            assert bool((tensor[~dead(conv, name)] != 0).all())
+    assert len(conv._forward_pre_hooks) == 1
+
+
+def test_attaching_again_replaces_the_mask() -> None:
+    masked = layer()
+    sparser = dense_mask(1, (FAN_OUT, FAN_IN), N_LIVE // 2)
+    attach_mask(masked, "weight", sparser)
+    masked(inputs()).square().sum().backward()
+    assert torch.equal(masked.weight != 0, sparser)
+    assert torch.equal(masked.weight.grad != 0, sparser)
+    attach_mask(masked, "weight", torch.ones_like(sparser))
+    assert masked.density == 1.0
+
+
+def test_the_callers_mask_is_copied() -> None:
+    mask = dense_mask(1, (FAN_OUT, FAN_IN), N_LIVE)
+    masked = layer(None)
+    attach_mask(masked, "weight", mask)
+    mask.fill_(True)
+    assert masked.density < 1
+
+
+def test_hooks_are_put_on_once() -> None:
+    masked = layer()
+    for _ in range(3):
+        masked(inputs())
+        attach_mask(masked, "weight", masked.weight_mask)
+    assert len(masked.weight._post_accumulate_grad_hooks) == 1
+    assert len(masked._forward_pre_hooks) == len(masked._load_state_dict_post_hooks) == 1
+
+
+def saved_and_loaded(module: nn.Module, tmp_path: Path, assign: bool) -> nn.Module:
+    torch.save(module.state_dict(), tmp_path / "state.pt")
+    other: nn.Module = layer(7)  # another mask, so another one than the hook was made with
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True), assign=assign)
+    return other
+
+
+COPIES: dict[str, Callable[[nn.Module, Path], nn.Module]] = {
+    "load_state_dict": lambda module, path: saved_and_loaded(module, path, False),
+    "load_state_dict assign": lambda module, path: saved_and_loaded(module, path, True),
+    "deepcopy": lambda module, path: copy.deepcopy(module),
+    "pickle": lambda module, path: pickle.loads(pickle.dumps(module)),
+    "dtype there and back": lambda module, path: module.double().float(),
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copied_or_loaded_module_keeps_its_mask_at_work(how: str, tmp_path: Path) -> None:
+    source = layer()
+    mask = source.weight_mask.clone()
+    module = COPIES[how](source, tmp_path)
+    assert torch.equal(module.get_buffer("weight_mask"), mask)
+    module(inputs()).square().sum().backward()
+    weight = module.get_parameter("weight")
+    assert weight.grad is not None
+    assert torch.equal(weight != 0, mask)
+    assert torch.equal(weight.grad != 0, mask)
+
+
+def test_loading_dense_weights_zeroes_the_dead_ones() -> None:
+    dense, masked = layer(None), layer()
+    mask = masked.weight_mask.clone()
+    masked.load_state_dict({**dense.state_dict(), "weight_mask": mask})
+    assert torch.equal(masked.weight, dense.weight * mask)
+
+
+def test_a_checkpoint_without_the_mask_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="weight_mask"):
+        layer().load_state_dict(layer(None).state_dict())
+    with pytest.raises(RuntimeError, match="weight_mask"):
+        layer(None).load_state_dict(layer().state_dict())
+
+
+def test_zero_dead_after_writing_weights() -> None:
+    model: Any = nn.Sequential(layer(), layer(None))
+    for linear in model:
+        nn.init.constant_(linear.get_parameter("weight"), float("nan"))
+    zero_dead(model)
+    assert bool((model[0].weight[dead(model[0])] == 0).all())
+    assert bool(model[1].weight.isnan().all())
+
+
+def test_named_masks_use_the_parameters_dotted_names() -> None:
+    model = nn.Sequential(layer(), nn.Sequential(layer(), layer(None)))
+    assert sorted(named_masks(model)) == ["0.weight", "1.0.weight"]
+    assert list(named_masks(layer())) == ["weight"]
+    assert set(named_masks(model)) < {name for name, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("name", "mask", "message"),
+    [
+        ("wieght", torch.ones(FAN_OUT, FAN_IN, dtype=torch.bool), "did you mean 'weight'"),
+        ("weight", torch.ones(FAN_IN, FAN_OUT, dtype=torch.bool), "torch.bool"),
+        ("weight", torch.ones(FAN_OUT, FAN_IN), "torch.float32"),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_refused(name: str, mask: Tensor, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        attach_mask(layer(None), name, mask)
+
+
+def test_masks_work_under_torch_compile() -> None:
+    masked = layer(route="onednn")
+    compiled: Any = torch.compile(masked, backend="aot_eager", fullgraph=True)
+    assert torch.allclose(compiled(inputs()), F.linear(inputs(), masked.weight, masked.bias))
+    compiled(inputs()).square().sum().backward()
+    assert torch.equal(masked.weight.grad != 0, masked.weight_mask)
+
+
+def test_masks_work_under_ddp(tmp_path: Path) -> None:
+    # DDP copies gradients into its buckets and back: the mask must come before that
+    distributed: Any = torch.distributed
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
+    try:
+        model = nn.parallel.DistributedDataParallel(layer())
+        for seed in range(2):
+            model(inputs(seed)).square().sum().backward()
+        masked = model.module
+        assert torch.equal(masked.weight.grad != 0, masked.weight_mask)
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_bfloat16_gradients_are_masked() -> None:
+    masked = layer(route="onednn").bfloat16()
+    masked(inputs().bfloat16()).square().sum().backward()
+    assert masked.weight.grad.dtype == torch.bfloat16
+    assert bool((masked.weight.grad[dead(masked)] == 0).all())
+
+
+# ------------------------------------------------------------------ matmul routes
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes, for every operator that runs, the oneDNN setting it runs under."""
+
+    def __init__(self, fail_on: str = "") -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: list[tuple[str, str]] = []
+        self.fail_on = fail_on
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = str(func)
+        self.seen.append((name, precision().fp32_precision))
+        if self.fail_on and self.fail_on in name and precision().fp32_precision == "bf16":
+            raise RuntimeError(f"no {name} today")
+        return func(*args, **(kwargs or {}))
+
+    def settings(self, part: str) -> set[str]:
+        return {setting for name, setting in self.seen if part in name}
+
+
+class Attention(nn.Module):
+    def __init__(self, route: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv = MaskedLinear(32, 96, route=route)
+        self.out = MaskedLinear(32, 32, route=route)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        q, k, v = (
+            part.reshape(batch, tokens, 2, 16).transpose(1, 2)
+            for part in self.qkv(x).split(width, dim=-1)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        out: Tensor = self.out(mixed.transpose(1, 2).reshape(x.shape))
+        return out
+
+
+@contextmanager
+def ambient(setting: str) -> Iterator[None]:
+    before = precision().fp32_precision
+    precision().fp32_precision = setting
+    try:
+        yield
+    finally:
+        precision().fp32_precision = before
+
+
+@has_onednn_setting
+def test_the_setting_covers_the_matmuls_and_nothing_else() -> None:
+    model = Attention("onednn")
+    x = torch.randn(2, 8, 32, requires_grad=True)
+    before = precision().fp32_precision
+    with Recorder() as recorder:
+        model(x).square().sum().backward()
+    matmuls = [item for item in recorder.seen if "mm." in item[0]]
+    # two layers: a forward and two gradients each
+    assert [setting for _, setting in matmuls] == ["bf16"] * 6
+    assert recorder.settings("dot_product") == {before}
+    assert recorder.settings("pow") == {before}
+    assert precision().fp32_precision == before != "bf16"
+
+
+@has_onednn_setting
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_the_setting_is_restored_after_an_exception(where: str) -> None:
+    masked = layer(route="onednn")
+    with ambient("ieee"):
+        if where == "forward":
+            with pytest.raises(RuntimeError, match="shapes"):
+                masked(torch.randn(2, FAN_IN + 1))
+        else:
+            loss = masked(inputs()).square().sum()
+            with pytest.raises(RuntimeError, match="today"), Recorder(fail_on="mm"):
+                loss.backward()
+        assert precision().fp32_precision == "ieee"
+
+
+@pytest.mark.usefixtures("onednn_is_fp32")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(FAN_IN,), (5, FAN_IN), (2, 3, FAN_IN)])
+def test_both_routes_agree(bias: bool, shape: tuple[int, ...]) -> None:
+    results = []
+    for route in ROUTES:
+        masked = layer(bias=bias, route=route)
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(3)).requires_grad_()
+        y = masked(x)
+        y.square().sum().backward()
+        results.append([y.detach(), x.grad, *(p.grad for p in masked.parameters())])
+    for plain, onednn in zip(*results, strict=True):
+        assert plain is not None
+        assert onednn is not None
+        assert plain.shape == onednn.shape
+        assert (plain - onednn).norm() <= 1e-6 * plain.norm()
+
+
+@pytest.mark.usefixtures("onednn_is_fp32")
+def test_both_routes_agree_at_a_real_layers_size() -> None:
+    x, weight = torch.randn(512, 256), torch.randn(1024, 256)
+    outputs = []
+    for route in ROUTES:
+        linear = MaskedLinear(256, 1024, bias=False, route=route)
+        linear.load_state_dict({"weight": weight})
+        outputs.append(linear(x).detach())
+    assert (outputs[0] - outputs[1]).norm() <= 1e-6 * outputs[0].norm()
+
+
+@has_onednn_setting
+def test_frozen_inputs_and_weights_get_no_gradient() -> None:
+    masked = layer(route="onednn")
+    masked.weight.requires_grad_(False)
+    masked(inputs()).sum().backward()
+    assert masked.weight.grad is None
+    assert torch.equal(masked.bias.grad, torch.full((FAN_OUT,), 3.0 * TOKENS))
+
+
+@has_onednn_setting
+@pytest.mark.parametrize("case", ["autocast", "float64", "bfloat16"])
+def test_only_plain_float32_takes_the_onednn_route(case: str) -> None:
+    masked = layer(route="onednn")
+    x = inputs()
+    if case != "autocast":
+        masked, x = (part.to(getattr(torch, case)) for part in (masked, x))
+    with Recorder() as recorder, torch.autocast("cpu", enabled=case == "autocast"):
+        masked(x).float().square().sum().backward()
+    assert recorder.settings("mm.")
+    assert "bf16" not in recorder.settings("")
+
+
+def test_route_is_set_on_every_layer_below() -> None:
+    model = nn.Sequential(layer(), nn.Linear(3, 3), nn.Sequential(layer()))
+    assert set_route(model, "onednn") == 2
+    assert {m.route for m in model.modules() if isinstance(m, MaskedLinear)} == {"onednn"}
+    with pytest.raises(ConfigError, match=r"runtime\.route: .*did you mean 'onednn'"):
+        set_route(model, "onednnn")
+    with pytest.raises(ConfigError, match=r"runtime\.route"):
+        MaskedLinear(2, 2, route="auto")
+
+
+def test_accuracy_comes_before_speed() -> None:
+    fast, slow = MIN_ROUTE_SPEEDUP * 2, MIN_ROUTE_SPEEDUP
+    exact, coarse = MAX_ROUTE_ERROR / 2, MAX_ROUTE_ERROR
+    assert decide_route(fast, exact).route == "onednn"
+    assert decide_route(slow, exact).route == "torch"
+    assert decide_route(fast, coarse).route == "torch"
+    assert decide_route(fast, float("nan")).route == "torch"
+    assert "not fp32" in decide_route(fast, 2e-3).reason
+
+
+def test_real_bf16_inputs_would_be_refused() -> None:
+    # what an AMX machine computes under the setting: inputs rounded to bf16, sums in fp32
+    x, weight = torch.randn(64, 256), torch.randn(64, 256)
+    rounded = F.linear(x.bfloat16().float(), weight.bfloat16().float())
+    want = F.linear(x.double(), weight.double())
+    error = float((rounded - want).norm() / want.norm())
+    assert decide_route(2.0, error).route == "torch"
+
+
+def test_the_choice_is_measured_once_and_leaves_no_trace() -> None:
+    state = torch.get_rng_state()
+    before = getattr(precision(), "fp32_precision", None)
+    first = choose_route("cpu", 256, 64, 64)
+    assert first.route in ROUTES
+    assert choose_route(torch.device("cpu"), 256, 64, 64) is first
+    assert torch.equal(torch.get_rng_state(), state)
+    assert getattr(precision(), "fp32_precision", None) == before
+    if first.route == "onednn":
+        assert first.error is not None
+        assert first.error < MAX_ROUTE_ERROR
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "meta"])
+def test_other_devices_keep_torchs_route(device: str) -> None:
+    choice = choose_route(device)
+    assert (choice.route, choice.speedup, choice.error) == ("torch", None, None)
+    assert device.split(":")[0] in choice.reason
+
+
+def test_a_torch_without_the_setting_keeps_its_own_route(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends, "mkldnn", object())
+    choice = choose_route("cpu", 511, 33, 35)
+    assert choice.route == "torch"
+    assert "no oneDNN" in choice.reason
