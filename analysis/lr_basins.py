@@ -1,0 +1,253 @@
+"""BasinSet -> Figure: loss against log2 of the swept axis, a panel per parameterization."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from . import style
+from .basins import BasinSet, Line, Panel, data_rows
+
+_PANEL_HEIGHT_IN = 3.1
+_HEADROOM = 0.10
+_FLOOR = 0.06
+_EXCESS_SHOWN = 0.35
+"""At most this far (relative) above the lowest loss is drawn to scale; the rest is at the edge."""
+_LEAST_EXCESS = 0.02
+
+
+def draw(basins: BasinSet) -> Figure:
+    """Return the figure: panels side by side that share both axes, one legend below."""
+    with style.look():
+        n = len(basins.panels)
+        drawn = style.figure(
+            max(style.COLUMN_IN * 0.9 * n, style.COLUMN_IN * 1.3), _PANEL_HEIGHT_IN + 1.0
+        )
+        grid = drawn.subplots(1, n, sharex=True, sharey=True, squeeze=False)[0]
+        low, high = loss_limits(basins)
+        hues = sorted({line.hue for panel in basins.panels for line in panel.lines}, reverse=True)
+        reference = {panel.reference_hue for panel in basins.panels}
+        # The reference is the darkest: for an axis whose reference is its smallest value, turn
+        # round.
+        ordered = hues[::-1] if reference == {hues[-1]} and len(hues) > 1 else hues
+        colors = dict(zip(ordered, style.ordered_colors(len(ordered)), strict=True))
+        xs = [p.log2_x for panel in basins.panels for line in panel.lines for p in line.points]
+        for axes, panel in zip(grid, basins.panels, strict=True):
+            _panel(axes, panel, colors, high)
+            axes.set_title(
+                style.title(panel.col)
+                if basins.col == "parameterization"
+                else f"{style.AXIS_NAMES[basins.col]} {style.number(float(panel.col))}"
+            )
+            axes.set_xlabel(f"{style.AXIS_NAMES[basins.x]} (log$_2$ scale)")
+            axes.set_ylim(low, high)
+            axes.set_xlim(min(xs) - 0.45, max(xs) + 0.45)
+            style.log2_ticks(axes, max(xs) - min(xs))
+        grid[0].set_ylabel(f"{style.METRIC_NAMES[basins.metric]} (nats)")
+        drawn.suptitle(_title(basins), fontsize=9.5, color=style.MUTED)
+        handles, labels = _legend(basins, ordered, colors)
+        drawn.legend(
+            handles,
+            labels,
+            loc="outside lower center",
+            ncols=min(len(handles), 4 if n > 1 else 2),
+            columnspacing=1.6,
+            handlelength=1.9,
+        )
+    return drawn
+
+
+def save(drawn: Figure, basins: BasinSet, stem: Path) -> list[Path]:
+    """Write `stem`.png and .pdf, and the data as `stem`.csv; return the three paths."""
+    written = style.save(drawn, stem)
+    rows = data_rows(basins)
+    path = stem.with_name(f"{stem.name}.csv")
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
+        writer.writeheader()
+        writer.writerows(rows)
+    return [*written, path]
+
+
+def loss_limits(basins: BasinSet) -> tuple[float, float]:
+    """Return the y limits: all basins' floors, and their walls only as far as they are of interest.
+
+    The top is the 85th percentile of the means, but never below any line's optimum with a margin,
+    and never more than 35 % above the lowest loss.
+    """
+    lines = [line for panel in basins.panels for line in panel.lines]
+    means = [point.mean for line in lines for point in line.points if point.mean is not None]
+    if not means:
+        return 0.0, 1.0
+    lowest = min(means)
+    floors = [line.optimum.best_loss for line in lines if line.optimum.best_loss is not None]
+    top = min(float(np.quantile(means, 0.85)), lowest + _EXCESS_SHOWN * abs(lowest))
+    top = max(
+        top, 1.5 * max([*floors, lowest]) - 0.5 * lowest, lowest + _LEAST_EXCESS * abs(lowest)
+    )
+    span = top - lowest
+    return lowest - _FLOOR * span, top + _HEADROOM * span
+
+
+def _panel(axes: Axes, panel: Panel, colors: dict[float, str], top: float) -> None:
+    transferred = panel.transferred
+    if transferred is not None and transferred.x is not None:
+        axes.axvline(transferred.x, color=style.INK, linewidth=1.1, dashes=(4, 3), zorder=1.5)
+    edge: dict[float, int] = {}
+    for rank, line in enumerate(panel.lines):
+        _line(axes, line, colors[line.hue], top, rank, edge)
+    for line in panel.lines:
+        _optimum(axes, line, colors[line.hue], top)
+
+
+def _line(
+    axes: Axes, line: Line, color: str, top: float, rank: int, edge: dict[float, int]
+) -> None:
+    drawn = [(point, point.mean) for point in line.points]
+    x = np.array([point.log2_x for point, _ in drawn])
+    # A NaN breaks the line where some seed diverged: a mean over the survivors is not the mean.
+    shown = [mean if mean is not None and point.eligible else np.nan for point, mean in drawn]
+    mean_loss = np.array(shown, dtype=float)
+    error = np.array([point.stderr or 0.0 for point in line.points])
+    order = 2.5 - 0.01 * rank
+    axes.fill_between(
+        x,
+        mean_loss - error,
+        mean_loss + error,
+        color=color,
+        alpha=0.22,
+        linewidth=0,
+        zorder=order - 0.3,
+    )
+    axes.plot(x, mean_loss, color=color, zorder=order)
+    inside = mean_loss <= top
+    axes.plot(x[inside], mean_loss[inside], ".", color=color, markersize=4.5, zorder=order)
+    for point, mean in drawn:
+        if point.n_diverged:
+            marker = "x"
+        elif mean is not None and mean > top:
+            marker = "^"
+        else:
+            continue
+        # Several lines may end at the same x: stand beside each other, in steps of a marker's
+        # width.
+        slot = edge.get(point.log2_x, 0)
+        edge[point.log2_x] = slot + 1
+        axes.plot(
+            point.log2_x,
+            0.975 - 0.045 * slot,
+            marker,
+            color=color,
+            markersize=5.0,
+            markeredgewidth=1.5 if marker == "x" else 0.0,
+            transform=axes.get_xaxis_transform(),
+            clip_on=False,
+            zorder=4,
+        )
+
+
+def _optimum(axes: Axes, line: Line, color: str, top: float) -> None:
+    best = line.optimum
+    if best.x is not None and best.loss is not None:
+        if best.ci is not None:
+            axes.errorbar(
+                best.x,
+                best.loss,
+                xerr=[[max(best.x - best.ci[0], 0.0)], [max(best.ci[1] - best.x, 0.0)]],
+                fmt="none",
+                ecolor=style.INK,
+                elinewidth=1.1,
+                capsize=2.2,
+                capthick=1.1,
+                zorder=6,
+            )
+        axes.plot(
+            best.x, best.loss, "o", markersize=7.0, markerfacecolor=color,
+            markeredgecolor="white", markeredgewidth=1.1, zorder=5,
+        )  # fmt: skip
+    elif best.censored:
+        eligible = [point for point in line.points if point.eligible]
+        end = eligible[-1] if best.side == "high" else eligible[0]
+        assert end.mean is not None
+        sign = 1 if best.side == "high" else -1
+        height = min(end.mean, top)
+        axes.annotate(
+            "",
+            xy=(end.log2_x, height),
+            xytext=(sign * 16, 0),
+            textcoords="offset points",
+            arrowprops={
+                "arrowstyle": "<-",
+                "color": color,
+                "linewidth": 1.3,
+                "shrinkA": 0,
+                "shrinkB": 3,
+            },
+            annotation_clip=False,
+            zorder=4.4,
+        )
+        axes.plot(
+            end.log2_x, height, "o", markersize=7.0, markerfacecolor="white",
+            markeredgecolor=color, markeredgewidth=1.7, zorder=5, clip_on=False,
+        )  # fmt: skip
+
+
+def _title(basins: BasinSet) -> str:
+    shown = [
+        f"{style.AXIS_NAMES[axis].lower()} {basins.fixed[axis]:g}"
+        for axis in ("width", "n_layer", "density", "lr")
+        if axis in basins.fixed
+    ]
+    n_seeds = {line.n_seeds for panel in basins.panels for line in panel.lines}
+    if n_seeds:
+        few, many = min(n_seeds), max(n_seeds)
+        counted = f"{few}" if few == many else f"{few} to {many}"
+        shown.append(
+            f"{counted} seed{'' if many == 1 else 's'}, mean \N{PLUS-MINUS SIGN} standard error"
+        )
+    if basins.n_missing:
+        shown.append(f"{basins.n_missing} runs missing")
+    return ", ".join(shown)
+
+
+def _legend(
+    basins: BasinSet, hues: list[float], colors: dict[float, str]
+) -> tuple[list[Line2D], list[str]]:
+    """Return handles and labels: a line per hue, then only the marks that the figure has."""
+    lines = [line for panel in basins.panels for line in panel.lines]
+    handles: list[Line2D] = []
+    labels: list[str] = []
+    for hue in hues:
+        handles.append(Line2D([], [], color=colors[hue]))
+        labels.append(f"{style.AXIS_NAMES[basins.hue].lower()} {style.number(hue)}")
+    grey = style.MUTED
+
+    def mark(label: str, **look: object) -> None:
+        handles.append(Line2D([], [], **look))  # type: ignore[arg-type]
+        labels.append(label)
+
+    if any(line.optimum.x is not None for line in lines):
+        mark(
+            "optimum, 95% CI", color=style.INK, marker="o", markersize=7, markerfacecolor=grey,
+            markeredgecolor="white", linewidth=1.1,
+        )  # fmt: skip
+    if any(panel.transferred is not None for panel in basins.panels):
+        dense = "dense optimum" if basins.hue == "density" else "reference optimum"
+        mark(f"{dense}, transferred", color=style.INK, linewidth=1.1, dashes=(4, 3))
+    if any(line.optimum.censored for line in lines):
+        mark(
+            "best at grid edge (censored)", color=grey, marker="o", linewidth=0, markersize=7,
+            markerfacecolor="white", markeredgewidth=1.7,
+        )  # fmt: skip
+    if any(point.n_diverged for line in lines for point in line.points):
+        mark("diverged", color=grey, marker="x", linewidth=0, markersize=5, markeredgewidth=1.5)
+    top = loss_limits(basins)[1]
+    above = [p for line in lines for p in line.points if p.eligible and (p.mean or 0.0) > top]
+    if above:
+        mark("loss above the axis", color=grey, marker="^", linewidth=0, markersize=5)
+    return handles, labels

@@ -1,0 +1,79 @@
+"""Entries of the verdict -> rows of its table (printed by supar_sweep.sweep.tables.render)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .style import title
+from .verdict import Entry
+
+COLUMNS = (
+    "parameterization",
+    "width",
+    "density",
+    "n_seeds",
+    "log2_lr_opt",
+    "ci",
+    "shift_octaves",
+    "regret",
+    "regret_percent",
+    "loss_at_optimum",
+)
+
+
+def verdict_rows(found: Sequence[Entry], text: bool = True) -> list[dict[str, Any]]:
+    """Return a row per entry with the keys `COLUMNS`.
+
+    Args:
+        found: entries of verdict.entries.
+        text: for eyes: bounds as ">= 2.1", two to four decimals, "-" for what does not exist.
+            False: numbers and None, for JSON and CSV (then `ci` is a pair and the bounds have keys
+            of their own).
+    """
+    if not text:
+        return [
+            {
+                **{name: getattr(entry, name) for name in COLUMNS},
+                "shift_bound": entry.shift_bound,
+                "shift_bound_side": entry.shift_bound_side,
+                "bound": entry.bound,
+                "bound_side": entry.bound_side,
+                "censored": entry.censored,
+                "reason": entry.reason,
+            }
+            for entry in found
+        ]
+    return [
+        {
+            "parameterization": title(entry.parameterization),
+            "width": entry.width,
+            "density": f"{entry.density:g}",
+            "n_seeds": entry.n_seeds,
+            "log2_lr_opt": _value(entry.log2_lr_opt, entry.bound, entry.bound_side, "{:.2f}"),
+            "ci": "-" if entry.ci is None else f"[{entry.ci[0]:.2f}, {entry.ci[1]:.2f}]",
+            "shift_octaves": _value(
+                entry.shift_octaves, entry.shift_bound, entry.shift_bound_side, "{:+.2f}"
+            ),
+            "regret": _regret(entry, entry.regret, "{:.4f}"),
+            "regret_percent": _regret(entry, entry.regret_percent, "{:.2f}"),
+            "loss_at_optimum": "-"
+            if entry.loss_at_optimum is None
+            else f"{entry.loss_at_optimum:.4f}",
+        }
+        for entry in found
+    ]
+
+
+def _value(value: float | None, bound: float | None, side: str | None, form: str) -> str:
+    if value is not None:
+        return form.format(value)
+    if bound is not None:
+        return f"{'>=' if side == 'high' else '<='} {form.format(bound)}"
+    return "-"
+
+
+def _regret(entry: Entry, value: float | None, form: str) -> str:
+    if value is None:
+        return "-"
+    return f"{'>= ' if entry.regret_is_lower_bound else ''}{form.format(value)}"

@@ -1,0 +1,295 @@
+"""Does the dense optimum transfer? From fitted optima: an entry per line, a verdict, the files."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+
+from .basins import BasinSet, Line, Panel, lr_basins
+from .fit import Interval, Side
+
+MAX_SHIFT_OCTAVES = 0.5
+MAX_REGRET_PERCENT = 1.0
+
+RULE = (
+    "transfers: the 95% CI of every shift lies within +-1/2 octave and the 95% upper bound of "
+    "every regret is below 1% of the line's best loss; does not transfer: the CI of some shift, or "
+    "the bound of a censored one, lies wholly outside +-1/2 octave; undecided: anything else"
+)
+
+Answer = Literal["transfers", "does not transfer", "undecided"]
+
+
+@dataclass(frozen=True)
+class Shift:
+    """How far a line's optimum lies from the reference's, in octaves.
+
+    `value` is None if either is censored; then `bound` with `side` may hold: "high" is ">= bound".
+    """
+
+    value: float | None
+    ci: Interval | None = None
+    bound: float | None = None
+    side: Side | None = None
+
+    @property
+    def outside(self) -> bool:
+        """Whether the shift is beyond +-1/2 octave for sure."""
+        low, high = -MAX_SHIFT_OCTAVES, MAX_SHIFT_OCTAVES
+        if self.ci is not None:
+            return self.ci[0] > high or self.ci[1] < low
+        if self.bound is None:
+            return False
+        return self.bound > high if self.side == "high" else self.bound < low
+
+    @property
+    def inside(self) -> bool:
+        """Whether the shift is within +-1/2 octave for sure."""
+        return self.ci is not None and max(map(abs, self.ci)) <= MAX_SHIFT_OCTAVES
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a figure of basins; the fields are those of verdict.json."""
+
+    parameterization: str
+    width: int
+    density: float
+    n_layer: int
+    n_seeds: int
+    log2_lr_opt: float | None
+    ci: Interval | None
+    shift_octaves: float | None
+    shift_ci: Interval | None
+    shift_bound: float | None
+    shift_bound_side: Side | None
+    regret: float | None
+    regret_upper: float | None
+    regret_percent: float | None
+    regret_percent_upper: float | None
+    regret_is_lower_bound: bool
+    loss_at_optimum: float | None
+    lowest_loss: float | None
+    censored: bool
+    bound: float | None
+    bound_side: Side | None
+    proposed_log2_lrs: tuple[float, ...]
+    status: str
+    reason: str
+    reference_density: float | None
+
+    @property
+    def shift(self) -> Shift:
+        """The shift as one value."""
+        return Shift(self.shift_octaves, self.shift_ci, self.shift_bound, self.shift_bound_side)
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether this is the line that the others are compared with."""
+        return self.density == self.reference_density
+
+    @property
+    def best_loss(self) -> float | None:
+        """Loss at the optimum; the lowest measured one if there is none."""
+        return self.lowest_loss if self.loss_at_optimum is None else self.loss_at_optimum
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a parameterization's dense optimum transfers, and what decided it."""
+
+    parameterization: str
+    answer: Answer
+    reason: str
+    rule: str = RULE
+
+
+def basin_sets(table: pd.DataFrame, metric: str = "train_loss") -> list[BasinSet]:
+    """Return the LR basins over density of each (width, n_layer) of a table, ascending."""
+    groups = table[["width", "n_layer"]].drop_duplicates().sort_values(["width", "n_layer"])
+    return [
+        lr_basins(table, metric=metric, fixed={"width": int(width), "n_layer": int(n_layer)})
+        for width, n_layer in groups.itertuples(index=False)
+    ]
+
+
+def shift(panel: Panel, line: Line) -> Shift:
+    """Return the shift of `line` from the panel's reference line."""
+    reference = panel.reference
+    if reference is None:
+        return Shift(None)
+    if line.hue == reference.hue:
+        found = line.optimum.x is not None
+        return Shift(0.0, (0.0, 0.0)) if found else Shift(None)
+    here, there = line.optimum, reference.optimum
+    if here.x is not None and there.x is not None:
+        value = here.x - there.x
+        if here.ci is None or there.ci is None:
+            return Shift(value)
+        # The intervals are lopsided: variances recovered from each side separately.
+        # Source: Zou and Donner, Stat. Med. 27 (2008) 1693; ASSUMPTION: independent
+        # (conservative).
+        return Shift(
+            value,
+            (
+                value - math.hypot(here.x - here.ci[0], there.ci[1] - there.x),
+                value + math.hypot(here.ci[1] - here.x, there.x - there.ci[0]),
+            ),
+        )
+    # At least one is censored: a bound needs this line's lower and the reference's upper end, or
+    # the reverse.
+    least = _end(line, "low")
+    most = _end(line, "high")
+    reference_least, reference_most = _end(reference, "low"), _end(reference, "high")
+    if least is not None and reference_most is not None:
+        return Shift(None, bound=least - reference_most, side="high")
+    if most is not None and reference_least is not None:
+        return Shift(None, bound=most - reference_least, side="low")
+    return Shift(None)
+
+
+def _end(line: Line, side: Side) -> float | None:
+    """Return the least ("low") or greatest ("high") x at which the line's optimum may lie."""
+    best = line.optimum
+    if best.censored:
+        # An optimum above its bound has a least value, the bound, and no greatest.
+        return best.bound if best.side != side else None
+    if best.ci is None:
+        return None
+    return best.ci[0] if side == "low" else best.ci[1]
+
+
+def entries(sets: Sequence[BasinSet]) -> list[Entry]:
+    """Return an entry per line of the figures of `sets` (made by `basin_sets`)."""
+    return [
+        _entry(basins, panel, line)
+        for basins in sets
+        for panel in basins.panels
+        for line in panel.lines
+    ]
+
+
+def _entry(basins: BasinSet, panel: Panel, line: Line) -> Entry:
+    best = line.optimum
+    moved = shift(panel, line)
+    regret = panel.regret(line)
+    loss = best.best_loss
+
+    def percent(value: float | None) -> float | None:
+        return None if value is None or not loss else 100.0 * value / loss
+
+    return Entry(
+        parameterization=panel.col,
+        width=int(basins.fixed["width"]),
+        density=line.hue,
+        n_layer=int(basins.fixed["n_layer"]),
+        n_seeds=line.n_seeds,
+        log2_lr_opt=best.x,
+        ci=best.ci,
+        shift_octaves=moved.value,
+        shift_ci=moved.ci,
+        shift_bound=moved.bound,
+        shift_bound_side=moved.side,
+        regret=regret.value,
+        regret_upper=regret.upper,
+        regret_percent=percent(regret.value),
+        regret_percent_upper=percent(regret.upper),
+        regret_is_lower_bound=regret.lower_bound_only,
+        loss_at_optimum=best.loss,
+        lowest_loss=best.lowest_loss,
+        censored=best.censored,
+        bound=best.bound,
+        bound_side=best.side,
+        proposed_log2_lrs=best.proposals,
+        status=best.status,
+        reason="; ".join(dict.fromkeys(part for part in (best.reason, regret.reason) if part)),
+        reference_density=panel.reference_hue,
+    )
+
+
+def verdicts(found: Sequence[Entry]) -> list[Verdict]:
+    """Return the verdict of each parameterization, by `RULE`."""
+    names = dict.fromkeys(entry.parameterization for entry in found)
+    return [
+        _verdict(name, [entry for entry in found if entry.parameterization == name])
+        for name in names
+    ]
+
+
+def _verdict(name: str, found: Sequence[Entry]) -> Verdict:
+    compared = [e for e in found if not e.is_reference and e.reference_density is not None]
+    if not compared:
+        return Verdict(name, "undecided", "there is no line to compare with a dense one")
+    outside = [
+        _at(entry) + f" shifts by {shift_text(entry)}" for entry in compared if entry.shift.outside
+    ]
+    if outside:
+        return Verdict(name, "does not transfer", "; ".join(outside))
+    open_ = []
+    for entry in compared:
+        if not entry.shift.inside:
+            open_.append(f"{_at(entry)}: shift {shift_text(entry)}")
+        elif entry.regret_percent_upper is None:
+            open_.append(f"{_at(entry)}: regret not bounded")
+        elif entry.regret_percent_upper >= MAX_REGRET_PERCENT:
+            open_.append(f"{_at(entry)}: regret up to {entry.regret_percent_upper:.2f}%")
+    if open_:
+        return Verdict(name, "undecided", "; ".join(open_))
+    most = max(abs(end) for entry in compared for end in entry.shift_ci or ())
+    cost = max(entry.regret_percent_upper or 0.0 for entry in compared)
+    return Verdict(
+        name, "transfers", f"every shift within {most:.2f} octaves, every regret below {cost:.2f}%"
+    )
+
+
+def _at(entry: Entry) -> str:
+    return f"width {entry.width} density {entry.density:g}"
+
+
+def shift_text(entry: Entry) -> str:
+    """Return the shift in words: +0.10 octaves (+0.02 to +0.18), >= +2.10 octaves, unknown."""
+    if entry.shift_octaves is not None:
+        ci = entry.shift_ci
+        interval = "no CI" if ci is None else f"{ci[0]:+.2f} to {ci[1]:+.2f}"
+        return f"{entry.shift_octaves:+.2f} octaves ({interval})"
+    if entry.shift_bound is not None:
+        return (
+            f"{'>=' if entry.shift_bound_side == 'high' else '<='} {entry.shift_bound:+.2f} octaves"
+        )
+    return "unknown"
+
+
+def write(
+    found: Sequence[Entry], folder: Path, statements: Sequence[Mapping[str, Any]] = ()
+) -> list[Path]:
+    """Write verdict.json (a list of the entries) and summary.json into `folder`; return both paths.
+
+    summary.json holds the rule, a verdict per parameterization and the statements. null, never NaN.
+    """
+    summary = {
+        "rule": RULE,
+        "verdicts": {
+            v.parameterization: {"verdict": v.answer, "reason": v.reason} for v in verdicts(found)
+        },
+        "statements": list(statements),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    return [
+        _write_json([asdict(entry) for entry in found], folder / "verdict.json"),
+        _write_json(summary, folder / "summary.json"),
+    ]
+
+
+def _write_json(value: Any, path: Path) -> Path:
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+    return path

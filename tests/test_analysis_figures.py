@@ -1,0 +1,152 @@
+"""The figure of basins: its parts, robust limits, whole files, and no state left behind."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from analysis import style
+from analysis.basins import BasinSet, lr_basins
+from analysis.frames import frame
+from analysis.lr_basins import draw, loss_limits, save
+from tests.basin_rows import rows
+
+
+def basins(**arguments: Any) -> BasinSet:
+    return lr_basins(frame(rows(**arguments)))
+
+
+def xs(line: Line2D) -> list[float]:
+    return [float(x) for x in np.asarray(line.get_xdata())]
+
+
+def luminance(color: str) -> float:
+    r, g, b = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color))
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7])
+def test_ordered_colours_get_lighter_and_stay_readable_on_white(n: int) -> None:
+    found = [luminance(color) for color in style.ordered_colors(n)]
+    assert found == sorted(found)
+    assert len(set(found)) == n
+    assert 1.05 / (found[-1] + 0.05) > 1.6
+
+
+def test_numbers_and_powers_are_written_as_people_do() -> None:
+    assert [style.number(v) for v in (1.0, 1 / 16, 0.3, 256)] == ["1", "1/16", "0.3", "256"]
+    assert style.power_of_two(-7.0) == "$2^{\N{MINUS SIGN}7}$"
+
+
+def test_a_panel_per_parameterization_sharing_the_loss_axis() -> None:
+    drawn = draw(basins())
+    assert [axes.get_title() for axes in drawn.axes] == ["SP", "\xb5P", "S\xb5Par"]
+    assert len({axes.get_ylim() for axes in drawn.axes}) == 1
+    assert "nats" in drawn.axes[0].get_ylabel()
+    assert len(drawn.legends) == 1
+    assert "256" in drawn.get_suptitle()
+
+
+def test_the_transferred_optimum_is_a_vertical_line_at_the_dense_one() -> None:
+    data = basins()
+    for axes, panel in zip(draw(data).axes, data.panels, strict=True):
+        upright = [
+            xs(line)[0] for line in axes.lines if len(xs(line)) == 2 and xs(line)[0] == xs(line)[1]
+        ]
+        assert upright == [panel.lines[0].optimum.x]
+
+
+def legend_texts(drawn: Figure) -> list[str]:
+    return [text.get_text() for text in drawn.legends[0].get_texts()]
+
+
+def test_a_censored_optimum_is_hollow_and_only_then_in_the_legend() -> None:
+    def hollow(drawn: Figure) -> list[Line2D]:
+        return [
+            line
+            for axes in drawn.axes
+            for line in axes.lines
+            if line.get_marker() == "o" and line.get_markerfacecolor() == "white"
+        ]
+
+    censored = draw(basins(optima={"mup": (-8.0, 0.0)}))
+    assert len(hollow(censored)) == 1
+    assert any("censored" in text for text in legend_texts(censored))
+    settled = draw(basins())
+    assert hollow(settled) == []
+    assert not any("censored" in text for text in legend_texts(settled))
+
+
+def test_diverged_points_stand_at_the_top_edge() -> None:
+    changed = rows()
+    for row in changed:
+        if row["lr"] >= 2.0**-3:
+            row["end"], row["train_loss"] = "diverged", None
+    drawn = draw(lr_basins(frame(changed)))
+    crosses = [line for axes in drawn.axes for line in axes.lines if line.get_marker() == "x"]
+    assert len(crosses) == 3 * 2 * 2  # panels, densities, x
+    assert all(
+        float(np.asarray(line.get_ydata())[0]) > 0.85 for line in crosses
+    )  # of the axes' height
+    assert "diverged" in legend_texts(drawn)
+
+
+def test_a_huge_loss_does_not_squash_the_panel() -> None:
+    changed = rows()
+    for row in changed:
+        if row["lr"] == 2.0**-2:
+            row["train_loss"] = 400.0
+    before, after = loss_limits(basins()), loss_limits(lr_basins(frame(changed)))
+    assert after[1] - after[0] < 2 * (before[1] - before[0])
+    assert "loss above the axis" in legend_texts(draw(lr_basins(frame(changed))))
+
+
+def test_every_optimum_lies_inside_the_limits() -> None:
+    high = rows(optima={"sp": (-9.0, -6.5)}) + rows(optima={"supar": (-7.0, -7.0)})
+    for row in high:
+        if row["density"] < 1 and row["parameterization"] == "sp":
+            row["train_loss"] += 1.5
+    data = lr_basins(frame(high))
+    low, top = loss_limits(data)
+    for panel in data.panels:
+        for line in panel.lines:
+            assert low < (line.optimum.loss or 0.0) < top
+
+
+@pytest.mark.parametrize("end", ["failed", "diverged"])
+def test_a_figure_of_nothing_is_drawn_all_the_same(end: str) -> None:
+    bare = rows(optima={"sp": (-9.0, -6.5)})
+    for row in bare:
+        row["end"], row["train_loss"] = end, None
+    draw(lr_basins(frame(bare)))
+
+
+def test_the_files_are_an_image_a_document_and_the_data(tmp_path: Path) -> None:
+    data = basins()
+    png, pdf, table = save(draw(data), data, tmp_path / "new" / "lr_basins")
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert pdf.read_bytes().startswith(b"%PDF")
+    with table.open(newline="") as file:
+        listed = list(csv.DictReader(file))
+    assert len(listed) == sum(len(line.points) for panel in data.panels for line in panel.lines)
+    assert float(listed[0]["lr"]) == 2.0 ** float(listed[0]["log2_lr"])
+
+
+def test_the_callers_matplotlib_state_is_untouched(tmp_path: Path) -> None:
+    with mpl.rc_context({"font.size": 17.0, "axes.grid": False}):
+        before = dict(mpl.rcParams)
+        data = basins()
+        save(draw(data), data, tmp_path / "figure")
+        assert dict(mpl.rcParams) == before
+
+
+def test_the_callers_style_does_not_leak_into_the_figure() -> None:
+    plain = draw(basins()).axes[0].title.get_fontsize()
+    with mpl.rc_context({"font.size": 40.0, "axes.titlesize": 40.0}):
+        assert draw(basins()).axes[0].title.get_fontsize() == plain

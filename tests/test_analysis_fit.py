@@ -1,0 +1,210 @@
+"""The optimum of a line: formulas with a known minimum, and every way in which there is none."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from analysis.fit import WINDOW_OCTAVES, LineFit, Observed, fit_panel
+
+GRID = np.arange(-10.0, -3.0 + 1e-9, 1.0)
+SEED_OFFSETS = {0: -0.05, 1: 0.02, 2: 0.03}
+
+
+def line(
+    loss: Callable[[float], float],
+    grid: Any = GRID,
+    n_seeds: int = 2,
+    noise: float = 0.0,
+    diverged: tuple[float, ...] = (),
+    seed: int = 0,
+) -> list[Observed]:
+    """One line: loss(x) + the seed's offset + noise; `diverged` x have no loss for seed 0."""
+    rng = np.random.default_rng(seed)
+    return [
+        Observed(
+            float(x),
+            {
+                s: float(loss(x)) + SEED_OFFSETS[s] + float(rng.normal(0, noise))
+                for s in range(n_seeds)
+                if x not in diverged or s > 0
+            },
+            n_diverged=int(x in diverged),
+        )
+        for x in grid
+    ]
+
+
+def bowl(optimum: float, curvature: float = 0.03, floor: float = 2.4) -> Callable[[float], float]:
+    return lambda x: floor + curvature * (x - optimum) ** 2
+
+
+def fit_one(observed: list[Observed]) -> LineFit:
+    return fit_panel([observed])[0]
+
+
+@pytest.mark.parametrize("optimum", [-8.3, -7.0, -6.55, -5.1])
+@pytest.mark.parametrize("skew", [0.0, 0.004])
+def test_a_noise_free_cubic_is_found_exactly(optimum: float, skew: float) -> None:
+    fit = fit_one(line(lambda x: bowl(optimum)(x) + skew * (x - optimum) ** 3))
+    assert fit.optimum.status == "fitted"
+    assert fit.optimum.x == pytest.approx(optimum, abs=0.01)
+    assert fit.optimum.loss == pytest.approx(2.4 + np.mean([-0.05, 0.02]), abs=1e-3)
+
+
+def test_seed_offsets_cancel_even_where_runs_are_missing() -> None:
+    whole = line(bowl(-6.4), n_seeds=3)
+    holes = [
+        Observed(o.x, {s: v for s, v in o.losses.items() if (int(o.x) + s) % 4}) for o in whole
+    ]
+    assert fit_one(holes).optimum.x == pytest.approx(-6.4, abs=0.01)
+
+
+def test_scaling_the_loss_changes_nothing_but_the_loss() -> None:
+    small = line(bowl(-6.4), noise=0.004)
+    big = [Observed(o.x, {s: 1000 * v for s, v in o.losses.items()}) for o in small]
+    a, b = fit_one(small).optimum, fit_one(big).optimum
+    assert a.x is not None
+    assert a.loss is not None
+    assert a.ci == pytest.approx(b.ci, abs=1e-3)
+    assert b.x == pytest.approx(a.x, abs=1e-3)
+    assert b.loss == pytest.approx(1000 * a.loss, rel=1e-6)
+
+
+def test_more_seeds_and_less_noise_give_a_narrower_interval() -> None:
+    def width(n_seeds: int, noise: float) -> float:
+        widths = []
+        for seed in range(10):
+            found = fit_one(line(bowl(-6.4), n_seeds=n_seeds, noise=noise, seed=seed)).optimum.ci
+            assert found is not None
+            widths.append(found[1] - found[0])
+        return float(np.median(widths))
+
+    assert width(2, 0.002) < width(2, 0.01)
+    assert width(3, 0.01) < width(2, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("optimum", "side", "edge", "inner"), [(-12.0, "low", -10, -9), (-1.0, "high", -3, -4)]
+)
+def test_an_optimum_beyond_the_grid_is_censored(
+    optimum: float, side: str, edge: int, inner: int
+) -> None:
+    found = fit_one(line(bowl(optimum), noise=0.002)).optimum
+    assert [found.status, found.side] == ["censored", side]
+    assert [found.x, found.ci, found.loss] == [None, None, None]
+    assert found.bound is not None
+    assert min(edge, inner) <= found.bound <= max(edge, inner)
+    step = 1 if side == "high" else -1
+    assert list(found.proposals) == [edge + step, edge + 2 * step]
+    assert found.lowest_loss == pytest.approx(bowl(optimum)(edge), abs=0.05)
+
+
+def test_the_bound_of_an_optimum_censored_by_noise_is_rarely_beyond_it() -> None:
+    truth = -3.45  # inside the grid, but the noise often puts the lowest mean at its end, -3
+    bounds = [
+        found.bound
+        for seed in range(200)
+        if (found := fit_one(line(bowl(truth), noise=0.01, seed=seed)).optimum).censored
+    ]
+    assert len(bounds) > 40
+    given = [bound for bound in bounds if bound is not None]
+    assert len(given) > 0.9 * len(bounds)
+    assert np.mean([bound <= truth for bound in given]) > 0.9
+
+
+def test_divergence_beside_the_lowest_mean_brackets_the_optimum() -> None:
+    found = fit_one(line(bowl(-4.0), diverged=(-4.0, -3.0))).optimum
+    assert (found.status, found.x, found.ci) == ("bracketed", -5.0, (-6.0, -4.0))
+    assert not found.censored
+    assert "diverge" in found.reason
+
+
+def test_an_x_at_which_one_of_the_seeds_diverged_is_not_eligible() -> None:
+    # The survivor's loss at -6 would be the lowest by far.
+    points = line(bowl(-7.2), noise=0.002)
+    points = [
+        Observed(o.x, {1: 1.0} if o.x == -6 else o.losses, n_diverged=int(o.x == -6))
+        for o in points
+    ]
+    found = fit_one(points).optimum
+    assert found.x == pytest.approx(-7.2, abs=0.6)
+    assert found.ci is not None
+    assert found.ci[1] <= -6.0
+
+
+def test_a_cliff_beside_the_lowest_mean_brackets_too() -> None:
+    found = fit_one(line(lambda x: 7.0 if x > -5.5 else bowl(-5.0)(x))).optimum
+    assert (found.status, found.x) == ("bracketed", -6.0)
+    assert found.ci == (-7.0, -5.0)
+
+
+def test_far_points_have_no_say() -> None:
+    def distorted(x: float) -> float:
+        return bowl(-6.4)(x) + (0.3 if abs(x + 6.4) > WINDOW_OCTAVES + 1 else 0.0)
+
+    near = fit_one(line(bowl(-6.4), grid=np.arange(-13.0, 0.1))).optimum
+    far = fit_one(line(distorted, grid=np.arange(-13.0, 0.1))).optimum
+    assert near.x == far.x
+
+
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_fewer_than_three_points_are_not_fitted(n: int) -> None:
+    found = fit_one(line(bowl(-6.4), grid=GRID[:n])).optimum
+    assert (found.status, found.x, found.ci, found.censored) == ("no_fit", None, None, False)
+    assert str(n) in found.reason
+
+
+def test_one_seed_pools_the_scatter_around_the_curves() -> None:
+    panel = [
+        line(bowl(o), n_seeds=1, noise=0.004, seed=i) for i, o in enumerate((-7.4, -6.5, -5.6))
+    ]
+    for fit, truth in zip(fit_panel(panel), (-7.4, -6.5, -5.6), strict=True):
+        assert fit.optimum.ci is not None
+        assert fit.optimum.ci[0] < truth < fit.optimum.ci[1]
+
+
+def test_one_seed_and_few_points_give_no_interval() -> None:
+    found = fit_one(line(bowl(-6.4), grid=np.arange(-8.0, -4.9), n_seeds=1)).optimum
+    assert found.x == pytest.approx(-6.4, abs=0.2)
+    assert found.ci is None
+    assert "noise" in found.reason
+
+
+def test_regret_is_the_height_of_the_curve_above_its_minimum() -> None:
+    fit = fit_one(line(bowl(-6.4)))
+    for at in (-7.4, -6.4, -5.0, -9.8):
+        assert fit.regret(at, (at, at)).value == pytest.approx(0.03 * (at + 6.4) ** 2, abs=4e-3)
+
+
+def test_regret_has_an_upper_bound_that_grows_with_the_transferred_interval() -> None:
+    fit = fit_one(line(bowl(-6.4), noise=0.002))
+    sharp, vague = fit.regret(-6.9, (-6.95, -6.85)), fit.regret(-6.9, (-7.4, -6.4))
+    assert sharp.value is not None
+    assert sharp.upper is not None
+    assert vague.upper is not None
+    assert sharp.value < sharp.upper < vague.upper
+    assert vague.upper >= 0.03 * (7.4 - 6.4) ** 2 * 0.8
+
+
+def test_regret_outside_the_measured_values_is_unknown_and_says_why() -> None:
+    fit = fit_one(line(bowl(-7.0), diverged=(-4.0, -3.0)))
+    assert fit.regret(-3.5, None).value is None
+    assert "diverge" in fit.regret(-3.5, None).reason
+    assert "outside" in fit.regret(-11.0, None).reason
+
+
+def test_regret_on_a_censored_line_is_a_lower_bound() -> None:
+    regret = fit_one(line(bowl(-1.0))).regret(-7.0, (-7.1, -6.9))
+    assert regret.lower_bound_only
+    assert regret.value == pytest.approx(0.03 * (6.0**2 - 2.0**2), abs=1e-3)
+    assert regret.upper is None
+
+
+def test_nothing_is_ever_nan() -> None:
+    fits = fit_panel([line(bowl(o), noise=0.01, seed=i) for i, o in enumerate(range(-12, 0))])
+    for fit in fits:
+        numbers = [fit.optimum.x, fit.optimum.loss, fit.optimum.bound, *(fit.optimum.ci or ())]
+        assert all(math.isfinite(number) for number in numbers if number is not None)
