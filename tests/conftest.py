@@ -1,0 +1,110 @@
+"""What every test shares: markers and what they ask of the machine, threads, a runs folder.
+
+Tests that need more than Python carry a marker of REQUIREMENTS. Where the machine lacks the thing,
+they skip with a reason; if its name is in SUPAR_REQUIRE (`SUPAR_REQUIRE=slurm,browser`), that skip
+is a failure, so a machine that is meant to have it cannot lose it silently.
+"""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import hypothesis
+import pytest
+
+# Before torch or matplotlib is imported, here or in any process a test starts: one thread each,
+# since pytest-xdist and the launchers already fill the cores, and no window.
+for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_variable, "1")
+os.environ["MPLBACKEND"] = "Agg"
+
+# The same examples on every run and machine, and no failure because a machine was slow.
+hypothesis.settings.register_profile("supar", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("supar")
+
+
+class Requirement(NamedTuple):
+    """What a marker asks of the machine: its name, and a check that says what is missing."""
+
+    meaning: str
+    missing: Callable[[], str | None]
+
+
+def _no_slurm() -> str | None:
+    if shutil.which("sinfo") is None:
+        return "no SLURM: sinfo is not on PATH"
+    try:
+        answer = subprocess.run(["sinfo", "-h"], capture_output=True, text=True, timeout=30)
+    except subprocess.TimeoutExpired:
+        return "no SLURM: sinfo does not answer"
+    if answer.returncode != 0:
+        return f"no SLURM: sinfo says {answer.stderr.strip()!r}"
+    return None
+
+
+def _no_browser() -> str | None:
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    return None if any(map(shutil.which, names)) else f"no browser: none of {', '.join(names)}"
+
+
+def _no_gpu() -> str | None:
+    import torch
+
+    return None if torch.cuda.is_available() else "no GPU: torch.cuda.is_available() is False"
+
+
+def _no_root() -> str | None:
+    return None if os.geteuid() == 0 else f"not root: effective user id {os.geteuid()}"
+
+
+REQUIREMENTS = {
+    "slurm": Requirement("a SLURM that answers sinfo", _no_slurm),
+    "browser": Requirement("a Chromium or Chrome on PATH", _no_browser),
+    "gpu": Requirement("a CUDA device that torch sees", _no_gpu),
+    "root": Requirement("the superuser", _no_root),
+}
+
+
+@cache
+def _missing(name: str) -> str | None:
+    return REQUIREMENTS[name].missing()
+
+
+def _required() -> set[str]:
+    return {name.strip() for name in os.environ.get("SUPAR_REQUIRE", "").split(",")} - {""}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "slow: more than a few seconds; leave out with -m 'not slow'"
+    )
+    for name, requirement in REQUIREMENTS.items():
+        config.addinivalue_line("markers", f"{name}: needs {requirement.meaning}")
+    if unknown := sorted(_required() - REQUIREMENTS.keys()):
+        raise pytest.UsageError(
+            f"SUPAR_REQUIRE: unknown {', '.join(unknown)}; known: {', '.join(REQUIREMENTS)}"
+        )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for name in REQUIREMENTS:
+        if item.get_closest_marker(name) is not None and (reason := _missing(name)):
+            if name in _required():
+                pytest.fail(f"SUPAR_REQUIRE asks for {name}, but: {reason}", pytrace=False)
+            pytest.skip(reason)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """At most eight: tests start worker processes of their own, each with a torch."""
+    return min(8, len(os.sched_getaffinity(0)))
+
+
+@pytest.fixture
+def runs_dir(tmp_path: Path) -> Path:
+    """A folder for records that no other test sees; not created yet, as on a user's first call."""
+    return tmp_path / "runs"
