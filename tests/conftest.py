@@ -79,15 +79,11 @@ def _required() -> set[str]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers", "slow: more than a few seconds; leave out with -m 'not slow'"
-    )
+    config.addinivalue_line("markers", "slow: more than a few seconds; leave out with -m 'not slow'")
     for name, requirement in REQUIREMENTS.items():
         config.addinivalue_line("markers", f"{name}: needs {requirement.meaning}")
     if unknown := sorted(_required() - REQUIREMENTS.keys()):
-        raise pytest.UsageError(
-            f"SUPAR_REQUIRE: unknown {', '.join(unknown)}; known: {', '.join(REQUIREMENTS)}"
-        )
+        raise pytest.UsageError(f"SUPAR_REQUIRE: unknown {', '.join(unknown)}; known: {', '.join(REQUIREMENTS)}")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -36,20 +36,11 @@ def simulate(n_seeds: int, rho: float) -> tuple[int, int, int, list[float]]:
                 truths, panel = [], []
                 for _ in range(3):
                     truth, k = rng.uniform(-8.5, -4.5), rng.uniform(0.3, 0.8)
-                    curve = 2.4 + shape(
-                        grid - truth, np.exp(rng.uniform(*np.log([0.015, 0.06]))), k
-                    )
-                    error = rng.multivariate_normal(
-                        np.zeros(len(grid)), SIGMA_NATS**2 * correlation, n_seeds
-                    )
+                    curve = 2.4 + shape(grid - truth, np.exp(rng.uniform(*np.log([0.015, 0.06]))), k)
+                    error = rng.multivariate_normal(np.zeros(len(grid)), SIGMA_NATS**2 * correlation, n_seeds)
                     own = rng.normal(0, 0.01, n_seeds)
                     loss = curve + (shared + own)[:, None] + error
-                    panel.append(
-                        [
-                            Observed(float(x), dict(enumerate(loss[:, i])))
-                            for i, x in enumerate(grid)
-                        ]
-                    )
+                    panel.append([Observed(float(x), dict(enumerate(loss[:, i]))) for i, x in enumerate(grid)])
                     truths.append(truth)
                 for fit, truth in zip(fit_panel(panel), truths, strict=True):
                     lines += 1

@@ -56,9 +56,7 @@ def test_a_panel_per_parameterization_sharing_the_loss_axis() -> None:
 def test_the_transferred_optimum_is_a_vertical_line_at_the_dense_one() -> None:
     data = basins()
     for axes, panel in zip(draw(data).axes, data.panels, strict=True):
-        upright = [
-            xs(line)[0] for line in axes.lines if len(xs(line)) == 2 and xs(line)[0] == xs(line)[1]
-        ]
+        upright = [xs(line)[0] for line in axes.lines if len(xs(line)) == 2 and xs(line)[0] == xs(line)[1]]
         assert upright == [panel.lines[0].optimum.x]
 
 
@@ -91,9 +89,7 @@ def test_diverged_points_stand_at_the_top_edge() -> None:
     drawn = draw(lr_basins(frame(changed)))
     crosses = [line for axes in drawn.axes for line in axes.lines if line.get_marker() == "x"]
     assert len(crosses) == 3 * 2 * 2  # panels, densities, x
-    assert all(
-        float(np.asarray(line.get_ydata())[0]) > 0.85 for line in crosses
-    )  # of the axes' height
+    assert all(float(np.asarray(line.get_ydata())[0]) > 0.85 for line in crosses)  # of the axes' height
     assert "diverged" in legend_texts(drawn)
 
 

@@ -56,9 +56,7 @@ def test_a_noise_free_cubic_is_found_exactly(optimum: float, skew: float) -> Non
 
 def test_seed_offsets_cancel_even_where_runs_are_missing() -> None:
     whole = line(bowl(-6.4), n_seeds=3)
-    holes = [
-        Observed(o.x, {s: v for s, v in o.losses.items() if (int(o.x) + s) % 4}) for o in whole
-    ]
+    holes = [Observed(o.x, {s: v for s, v in o.losses.items() if (int(o.x) + s) % 4}) for o in whole]
     assert fit_one(holes).optimum.x == pytest.approx(-6.4, abs=0.01)
 
 
@@ -86,12 +84,8 @@ def test_more_seeds_and_less_noise_give_a_narrower_interval() -> None:
     assert width(3, 0.01) < width(2, 0.01)
 
 
-@pytest.mark.parametrize(
-    ("optimum", "side", "edge", "inner"), [(-12.0, "low", -10, -9), (-1.0, "high", -3, -4)]
-)
-def test_an_optimum_beyond_the_grid_is_censored(
-    optimum: float, side: str, edge: int, inner: int
-) -> None:
+@pytest.mark.parametrize(("optimum", "side", "edge", "inner"), [(-12.0, "low", -10, -9), (-1.0, "high", -3, -4)])
+def test_an_optimum_beyond_the_grid_is_censored(optimum: float, side: str, edge: int, inner: int) -> None:
     found = fit_one(line(bowl(optimum), noise=0.002)).optimum
     assert [found.status, found.side] == ["censored", side]
     assert [found.x, found.ci, found.loss] == [None, None, None]
@@ -125,10 +119,7 @@ def test_divergence_beside_the_lowest_mean_brackets_the_optimum() -> None:
 def test_an_x_at_which_one_of_the_seeds_diverged_is_not_eligible() -> None:
     # The survivor's loss at -6 would be the lowest by far.
     points = line(bowl(-7.2), noise=0.002)
-    points = [
-        Observed(o.x, {1: 1.0} if o.x == -6 else o.losses, n_diverged=int(o.x == -6))
-        for o in points
-    ]
+    points = [Observed(o.x, {1: 1.0} if o.x == -6 else o.losses, n_diverged=int(o.x == -6)) for o in points]
     found = fit_one(points).optimum
     assert found.x == pytest.approx(-7.2, abs=0.6)
     assert found.ci is not None
@@ -158,9 +149,7 @@ def test_fewer_than_three_points_are_not_fitted(n: int) -> None:
 
 
 def test_one_seed_pools_the_scatter_around_the_curves() -> None:
-    panel = [
-        line(bowl(o), n_seeds=1, noise=0.004, seed=i) for i, o in enumerate((-7.4, -6.5, -5.6))
-    ]
+    panel = [line(bowl(o), n_seeds=1, noise=0.004, seed=i) for i, o in enumerate((-7.4, -6.5, -5.6))]
     for fit, truth in zip(fit_panel(panel), (-7.4, -6.5, -5.6), strict=True):
         assert fit.optimum.ci is not None
         assert fit.optimum.ci[0] < truth < fit.optimum.ci[1]

@@ -44,9 +44,7 @@ def test_density_1_is_all_full(method: str) -> None:
 
 @given(shapes=SHAPES, density=DENSITIES)
 @settings(max_examples=100, deadline=None)
-def test_uniform_rounds_each_layer_to_the_nearest_count(
-    shapes: dict[str, tuple[int, int]], density: float
-) -> None:
+def test_uniform_rounds_each_layer_to_the_nearest_count(shapes: dict[str, tuple[int, int]], density: float) -> None:
     assume(all(density * n >= 0.5 for n in sizes(shapes).values()))
     counts = uniform_counts(shapes, density)
     assert list(counts) == list(shapes)
@@ -56,9 +54,7 @@ def test_uniform_rounds_each_layer_to_the_nearest_count(
 
 @given(shapes=SHAPES, density=DENSITIES)
 @settings(max_examples=200, deadline=None)
-def test_er_matches_the_total_and_its_law(
-    shapes: dict[str, tuple[int, int]], density: float
-) -> None:
+def test_er_matches_the_total_and_its_law(shapes: dict[str, tuple[int, int]], density: float) -> None:
     total = sum(sizes(shapes).values())
     try:
         counts = er_counts(shapes, density)

@@ -156,9 +156,7 @@ def test_planning_modules_do_not_import_torch_at_module_level(module: str) -> No
 def loaded_by(code: str) -> set[str]:
     """Names in sys.modules after `code` ran in a fresh interpreter."""
     script = f"import sys\n{code}\nimport json; print('MODULES', json.dumps(sorted(sys.modules)))"
-    child = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    child = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert child.returncode == 0, child.stderr
     return set(json.loads(child.stdout.rpartition("MODULES ")[2]))
 
@@ -306,9 +304,7 @@ def test_every_imported_package_is_declared() -> None:
     ("required", "outcome"),
     [("", "1 skipped"), ("browser", "1 skipped"), ("slurm, browser", "1 error")],
 )
-def test_what_the_machine_lacks_skips_unless_required(
-    tmp_path: Path, required: str, outcome: str
-) -> None:
+def test_what_the_machine_lacks_skips_unless_required(tmp_path: Path, required: str, outcome: str) -> None:
     answer = run_a_slurm_test(tmp_path, required)
     assert outcome in answer
     assert "no SLURM: sinfo is not on PATH" in answer

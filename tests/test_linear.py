@@ -284,9 +284,7 @@ def test_masks_work_under_torch_compile() -> None:
 def test_masks_work_under_ddp(tmp_path: Path) -> None:
     # DDP copies gradients into its buckets and back: the mask must come before that
     distributed: Any = torch.distributed
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
-    )
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
         model = nn.parallel.DistributedDataParallel(layer())
         for seed in range(2):
@@ -315,9 +313,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.seen: list[tuple[str, str]] = []
         self.fail_on = fail_on
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         name = str(func)
         self.seen.append((name, precision().fp32_precision))
         if self.fail_on and self.fail_on in name and precision().fp32_precision == "bf16":
@@ -339,10 +335,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
-        q, k, v = (
-            part.reshape(batch, tokens, 2, 16).transpose(1, 2)
-            for part in self.qkv(x).split(width, dim=-1)
-        )
+        q, k, v = (part.reshape(batch, tokens, 2, 16).transpose(1, 2) for part in self.qkv(x).split(width, dim=-1))
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         out: Tensor = self.out(mixed.transpose(1, 2).reshape(x.shape))
         return out

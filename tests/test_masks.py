@@ -42,9 +42,7 @@ def layers(draw: st.DrawFn) -> tuple[tuple[int, int], int]:
 
 @given(layer=layers(), seed=st.integers(0, 2**32))
 @settings(max_examples=100, deadline=None)
-def test_live_positions_are_the_smallest_bits(
-    layer: tuple[tuple[int, int], int], seed: int
-) -> None:
+def test_live_positions_are_the_smallest_bits(layer: tuple[tuple[int, int], int], seed: int) -> None:
     shape, count = layer
     key = stream_key(seed, MASK_STREAM, "w")
     live = live_positions(key, shape, count)
@@ -63,9 +61,7 @@ def test_live_positions_are_the_smallest_bits(
 @pytest.mark.parametrize("count", [1, 1000, 150_000, 299_999])
 def test_row_blocks_do_not_change_the_mask(count: int) -> None:
     shape = (600, 500)
-    assert np.array_equal(
-        dense_mask(KEY, shape, count).numpy(), smallest_by_sorting(KEY, shape, count)
-    )
+    assert np.array_equal(dense_mask(KEY, shape, count).numpy(), smallest_by_sorting(KEY, shape, count))
 
 
 def test_a_window_that_misses_the_threshold_is_widened(monkeypatch: pytest.MonkeyPatch) -> None:

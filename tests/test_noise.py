@@ -94,9 +94,7 @@ def test_coordinates_out_of_range_are_refused(rows: int, cols: int) -> None:
 
 @given(shape=st.tuples(st.integers(1, 40), st.integers(1, 40)), seed=st.integers(0, 2**63 - 1))
 @settings(max_examples=25, deadline=None)
-def test_a_smaller_layer_is_the_top_left_corner_of_a_larger_one(
-    shape: tuple[int, int], seed: int
-) -> None:
+def test_a_smaller_layer_is_the_top_left_corner_of_a_larger_one(shape: tuple[int, int], seed: int) -> None:
     key = stream_key(seed, "init", "w")
     large = normal_block(key, shape[0] + 3, shape[1] + 70)
     assert np.array_equal(normal_block(key, *shape), large[: shape[0], : shape[1]])
@@ -158,9 +156,7 @@ def test_row_and_column_sums_scatter_like_independent_numbers() -> None:
         assert abs(chi2 - 512) < SIGMAS * math.sqrt(2 * 512)
 
 
-@pytest.mark.parametrize(
-    "other", [(0, "init", "v"), (0, "mask", "w"), (1, "init", "w"), (2**32, "init", "w")]
-)
+@pytest.mark.parametrize("other", [(0, "init", "v"), (0, "mask", "w"), (1, "init", "w"), (2**32, "init", "w")])
 def test_names_streams_and_seeds_are_independent(other: tuple[int, str, str]) -> None:
     a = normal_block(stream_key(0, "init", "w"), 400, 400)
     b = normal_block(stream_key(*other), 400, 400)

@@ -42,9 +42,7 @@ def test_numbers_line_up_on_the_right() -> None:
 
 
 def test_json_is_the_values_with_null_for_what_is_not_a_number() -> None:
-    found = json.loads(
-        render([{"a": float("nan"), "b": (1, 2.5), "c": None, "d": True}], format="json")
-    )
+    found = json.loads(render([{"a": float("nan"), "b": (1, 2.5), "c": None, "d": True}], format="json"))
     assert found == [{"a": None, "b": [1, 2.5], "c": None, "d": True}]
 
 

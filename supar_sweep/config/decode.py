@@ -30,10 +30,8 @@ def decode(cls: type[T], plain: Mapping[str, Any], *, prefix: str = "") -> T:
     known = {item.name: item for item in fields(cls)}  # type: ignore[arg-type]
     for key in plain:
         if key not in known:
-            raise ConfigError(
-                _join(prefix, str(key)), "unknown key", allowed=sorted(known), nearest_to=str(key)
-            )
-    hints = _hints(cls)
+            raise ConfigError(_join(prefix, str(key)), "unknown key", allowed=sorted(known), nearest_to=str(key))
+    hints = _hints(cls)  # type: ignore[arg-type]  # mypy: a class is hashable
     values: dict[str, Any] = {}
     for name, item in known.items():
         if name in plain:
@@ -78,9 +76,7 @@ def _value(hint: Any, value: Any, key: str) -> Any:
         return _value(next(option for option in options if option is not type(None)), value, key)
     if origin is Literal:
         if value not in get_args(hint):
-            raise ConfigError(
-                key, "unknown choice", value=value, allowed=get_args(hint), nearest_to=str(value)
-            )
+            raise ConfigError(key, "unknown choice", value=value, allowed=get_args(hint), nearest_to=str(value))
         return value
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, Sequence):

@@ -7,7 +7,8 @@ it is left out of a cell's identity, so old hashes stay (sweep/identity.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -60,17 +61,13 @@ def check_ranges(config: Any) -> None:
                 allowed=meta["choices"],
                 nearest_to=str(value),
             )
-        parts = [
-            ("ge", ">=", lambda v, bound: v >= bound),
-            ("gt", ">", lambda v, bound: v > bound),
-            ("le", "<=", lambda v, bound: v <= bound),
-        ]
-        limits = [
-            (sign, meta[name], test) for name, sign, test in parts if meta.get(name) is not None
-        ]
-        if limits and not (
-            math.isfinite(value) and all(test(value, bound) for _, bound, test in limits)
-        ):
+        parts: tuple[tuple[str, str, Callable[[float, float], bool]], ...] = (
+            ("ge", ">=", operator.ge),
+            ("gt", ">", operator.gt),
+            ("le", "<=", operator.le),
+        )
+        limits = [(sign, meta[name], test) for name, sign, test in parts if meta.get(name) is not None]
+        if limits and not (math.isfinite(value) and all(test(value, bound) for _, bound, test in limits)):
             allowed = " and ".join(f"{sign} {bound:g}" for sign, bound, _ in limits)
             raise ConfigError(item.name, "out of range", value=value, allowed=allowed)
 
@@ -145,9 +142,7 @@ class DataConfig:
     """Where tokens come from."""
 
     name: str = setting("corpus", choices=("stdlib", "text", "tokens", "hf"))
-    val_fraction: float | None = setting(
-        "share of the corpus held out, its tail", default=None, gt=0, le=0.5
-    )
+    val_fraction: float | None = setting("share of the corpus held out, its tail", default=None, gt=0, le=0.5)
     paths: tuple[str, ...] | None = setting("files or globs of text", default=None)
     train_path: str | None = setting("uint16 .bin of training tokens", default=None)
     val_path: str | None = setting("uint16 .bin of held-out tokens", default=None)
@@ -160,9 +155,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_ranges(self)
         if self.dataset_config is not None and self.name != "hf":
-            raise ConfigError(
-                "dataset_config", f"has no effect when name is {self.name}", value=self.dataset_config
-            )
+            raise ConfigError("dataset_config", f"has no effect when name is {self.name}", value=self.dataset_config)
         require_only(
             self,
             "name",
@@ -185,9 +178,7 @@ class OptimizerConfig:
     """The optimizer and what it decays and clips. Its learning rate is hparams.lr."""
 
     name: OptimizerName = setting("optimizer", choices=("adamw", "sgd"))
-    decay_mode: DecayMode = setting(
-        "how weight decay scales with shape", choices=("scaled", "coupled", "independent")
-    )
+    decay_mode: DecayMode = setting("how weight decay scales with shape", choices=("scaled", "coupled", "independent"))
     clip_norm: float | None = setting("clip the global gradient norm; null = never", gt=0)
     beta1: float | None = setting("AdamW", default=None, ge=0, le=1)
     beta2: float | None = setting("AdamW", default=None, ge=0, le=1)
@@ -205,9 +196,7 @@ class ScheduleConfig:
 
     name: str = setting("shape after warm-up", choices=("linear", "cosine", "constant"))
     warmup_steps: int = setting("linear warm-up from 0", ge=0)
-    final_lr_fraction: float | None = setting(
-        "factor at the last step (linear, cosine)", default=None, ge=0, le=1
-    )
+    final_lr_fraction: float | None = setting("factor at the last step (linear, cosine)", default=None, ge=0, le=1)
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -222,19 +211,13 @@ class TrainConfig:
     steps: int = setting("optimizer steps", ge=1)
     batch_seqs: int = setting("sequences a step, over all accumulation steps", ge=1)
     accumulation_steps: int = setting("micro-batches a step", ge=1)
-    precision: str = setting(
-        "arithmetic of the model", choices=("float32", "bfloat16", "float64")
-    )
+    precision: str = setting("arithmetic of the model", choices=("float32", "bfloat16", "float64"))
     summary_last_steps: int = setting("train_loss = mean over so many last steps", ge=1)
     eval_every_steps: int | None = setting("held-out loss each so many steps; null = at the end", ge=1)
     eval_seqs: int = setting("held-out sequences, the same for every cell", ge=1)
-    divergence_loss_mult: float = setting(
-        "diverged = loss above so many times log(vocabulary) ...", gt=1
-    )
+    divergence_loss_mult: float = setting("diverged = loss above so many times log(vocabulary) ...", gt=1)
     divergence_patience_steps: int = setting("... for so many steps on end; non-finite at once", ge=1)
-    target: str | None = setting(
-        "dotted path of your own training function; null = the GPT", default=None
-    )
+    target: str | None = setting("dotted path of your own training function; null = the GPT", default=None)
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -256,9 +239,7 @@ class TrainConfig:
 class CellConfig:
     """Everything that changes the numbers of one run, and nothing else."""
 
-    parameterization: Parameterization = setting(
-        "rules", choices=("sp", "mup", "supar", "init_only", "lr_only")
-    )
+    parameterization: Parameterization = setting("rules", choices=("sp", "mup", "supar", "init_only", "lr_only"))
     sp_start: SpStart = setting("where SP's weights start", choices=("mup_dense", "own"))
     depth: DepthRule = setting("depth rule", choices=("none", "gpt2", "completep"))
     depth_alpha: float | None = setting("CompleteP's alpha", default=None, ge=0.5, le=1)
@@ -282,9 +263,7 @@ class CellConfig:
                 "must be set when depth is completep, and null otherwise",
                 value=self.depth_alpha,
             )
-        if self.base is None and (
-            self.parameterization != "sp" or self.sp_start != "own" or completep
-        ):
+        if self.base is None and (self.parameterization != "sp" or self.sp_start != "own" or completep):
             raise ConfigError(
                 "base",
                 f"{self.parameterization} with sp_start={self.sp_start}, depth={self.depth} needs a base shape",

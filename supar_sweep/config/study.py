@@ -21,9 +21,7 @@ class Interval:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.low_log2) and self.low_log2 < self.high_log2):
-            raise ConfigError(
-                "low_log2", f"must be below high_log2 = {self.high_log2}", value=self.low_log2
-            )
+            raise ConfigError("low_log2", f"must be below high_log2 = {self.high_log2}", value=self.low_log2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +48,7 @@ class StudyConfig:
             raise ConfigError("space", "is empty: nothing to search", allowed=names)
         for name in self.space:
             if name not in names:
-                raise ConfigError(
-                    f"space.{name}", "is no hyperparameter", allowed=names, nearest_to=name
-                )
+                raise ConfigError(f"space.{name}", "is no hyperparameter", allowed=names, nearest_to=name)
         if bool(self.confirm_top_k) != bool(self.confirm_seeds):
             raise ConfigError(
                 "confirm_seeds",
@@ -65,7 +61,4 @@ class StudyConfig:
         """Return the space as intervals, by hyperparameter, in a fixed order."""
         from supar_sweep.config.decode import decode
 
-        return {
-            name: decode(Interval, self.space[name], prefix=f"space.{name}")
-            for name in sorted(self.space)
-        }
+        return {name: decode(Interval, self.space[name], prefix=f"space.{name}") for name in sorted(self.space)}

@@ -35,9 +35,7 @@ class HParams:
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(name, "must be positive", value=value, allowed="a number > 0")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise ConfigError(
-                "weight_decay", "must not be negative", value=self.weight_decay, allowed="a number >= 0"
-            )
+            raise ConfigError("weight_decay", "must not be negative", value=self.weight_decay, allowed="a number >= 0")
 
 
 @dataclass(frozen=True, kw_only=True)

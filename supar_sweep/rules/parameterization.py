@@ -157,7 +157,7 @@ class Method:
             weight_decay a step, whatever the learning rate, as in u-muP).
 
     Raises:
-        ConfigError: CompleteP with SGD (nobody has published that rule), or alpha out of range.
+        ConfigError: an unknown name, CompleteP with SGD (nobody has published that rule), or alpha out of range.
     """
 
     parameterization: Parameterization
@@ -168,14 +168,21 @@ class Method:
     decay_mode: DecayMode = "scaled"
 
     def __post_init__(self) -> None:
+        choices = {
+            "parameterization": PARAMETERIZATIONS,
+            "optimizer": get_args(OptimizerName),
+            "depth": get_args(DepthRule),
+            "sp_start": get_args(SpStart),
+            "decay_mode": get_args(DecayMode),
+        }
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ConfigError(name, "unknown choice", value=value, allowed=allowed, nearest_to=str(value))
         if self.depth == "completep" and self.optimizer == "sgd":
-            raise ConfigError(
-                "depth", "completep has no rule for sgd", value=self.depth, allowed=("none", "gpt2")
-            )
+            raise ConfigError("depth", "completep has no rule for sgd", value=self.depth, allowed=("none", "gpt2"))
         if not 0.5 <= self.depth_alpha <= 1:
-            raise ConfigError(
-                "depth_alpha", "out of range", value=self.depth_alpha, allowed="0.5 <= alpha <= 1"
-            )
+            raise ConfigError("depth_alpha", "out of range", value=self.depth_alpha, allowed="0.5 <= alpha <= 1")
 
 
 def find_rule(quantity: Quantity, where: Role | Site, optimizer: OptimizerName) -> Rule | None:

@@ -84,16 +84,14 @@ def role_hparams(
     )
 
 
-def forward_multipliers(
-    method: Method, ratios: Ratios, hparams: HParams, *, d_head: int
-) -> ForwardMultipliers:
+def forward_multipliers(method: Method, ratios: Ratios, hparams: HParams, *, d_head: int = 1) -> ForwardMultipliers:
     """Return the forward factors of the target.
 
     Args:
         method: the rules in force.
         ratios: the target's ratios (m_d of d_model).
         hparams: base hyperparameters (alpha_in, alpha_out; SP reads neither).
-        d_head: head dimension, >= 1.
+        d_head: head dimension, >= 1; leave it out where there is no attention.
 
     Source: SuPar table 1: embedding alpha_in x W, logits alpha_out x W^T / m_d, attention QK^T / d_head;
     CP table 1: residual branch / m_L^alpha.

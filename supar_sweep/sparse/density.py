@@ -35,9 +35,7 @@ def live_counts(method: str, shapes: Shapes, density: float) -> dict[str, int]:
         ConfigError: unknown method, density out of range, or a layer left without a live weight.
     """
     if method not in METHODS:
-        raise ConfigError(
-            "layer_density", "unknown method", value=method, allowed=METHODS, nearest_to=method
-        )
+        raise ConfigError("layer_density", "unknown method", value=method, allowed=METHODS, nearest_to=method)
     return uniform_counts(shapes, density) if method == "uniform" else er_counts(shapes, density)
 
 

@@ -52,9 +52,7 @@ def attach_mask(module: nn.Module, param_name: str, mask: Tensor) -> bool:
     """
     names = [name for name, _ in module.named_parameters(recurse=False)]
     if param_name not in names:
-        raise ConfigError(
-            "param_name", "no such one", value=param_name, allowed=names, nearest_to=param_name
-        )
+        raise ConfigError("param_name", "no such one", value=param_name, allowed=names, nearest_to=param_name)
     param = module.get_parameter(param_name)
     if mask.dtype != torch.bool or mask.shape != param.shape:
         raise ConfigError(
@@ -184,9 +182,7 @@ def set_route(module: nn.Module, route: str) -> int:
 
 def _check_route(route: str) -> None:
     if route not in ROUTES:
-        raise ConfigError(
-            "runtime.route", "unknown matmul route", value=route, allowed=ROUTES, nearest_to=route
-        )
+        raise ConfigError("runtime.route", "unknown matmul route", value=route, allowed=ROUTES, nearest_to=route)
 
 
 @dataclass(frozen=True)
@@ -206,9 +202,7 @@ class RouteChoice:
     reason: str
 
 
-def choose_route(
-    device: torch.device | str, tokens: int = 512, fan_in: int = 256, fan_out: int = 256
-) -> RouteChoice:
+def choose_route(device: torch.device | str, tokens: int = 512, fan_in: int = 256, fan_out: int = 256) -> RouteChoice:
     """Return the matmul route for this machine, measured in under 0.3 s and cached for the process.
 
     "onednn" asks oneDNN for its bf16 fp32-precision mode around the layer's own matmuls. A CPU
@@ -282,9 +276,7 @@ def _onednn_speedup(shape: tuple[int, int, int]) -> float:
     return median(ratios[1:])
 
 
-def _layer_pass(
-    shape: tuple[int, int, int], route: str, dtype: torch.dtype
-) -> Callable[[], list[Tensor]]:
+def _layer_pass(shape: tuple[int, int, int], route: str, dtype: torch.dtype) -> Callable[[], list[Tensor]]:
     """Return a function that runs one layer, as in training, and returns output and gradients."""
     tokens, fan_in, fan_out = shape
     # its own generator: the caller's random state stays untouched

@@ -108,9 +108,7 @@ def mask_hash(masks: Mapping[str, torch.Tensor | npt.NDArray[np.bool_] | LivePos
     return digest.hexdigest()
 
 
-def _smallest(
-    key: int, shape: tuple[int, int], count: int, slack: float
-) -> tuple[Int32Array, Int32Array] | None:
+def _smallest(key: int, shape: tuple[int, int], count: int, slack: float) -> tuple[Int32Array, Int32Array] | None:
     """Return row-major (rows, cols) of the `count` smallest bits, or None if slack was too small.
 
     Bits under the window [low, high] around the expected threshold are live at once; only those
@@ -159,9 +157,7 @@ def _chunks(
     dense = mask if isinstance(mask, np.ndarray) else mask.detach().cpu().numpy()
     flat = dense.reshape(-1)
     starts = range(0, flat.size, 16 * BLOCK_ELEMENTS)
-    chunks = [
-        np.flatnonzero(flat[s : s + 16 * BLOCK_ELEMENTS]).astype(np.int64) + s for s in starts
-    ]
+    chunks = [np.flatnonzero(flat[s : s + 16 * BLOCK_ELEMENTS]).astype(np.int64) + s for s in starts]
     return dense.shape, chunks
 
 

@@ -92,9 +92,7 @@ def counter_bits(key: int, counters: npt.ArrayLike) -> UInt64Array:
     return x.reshape(counters.shape)
 
 
-def normal(
-    key: int, rows: npt.ArrayLike, cols: npt.ArrayLike, dtype: npt.DTypeLike = np.float32
-) -> FloatArray:
+def normal(key: int, rows: npt.ArrayLike, cols: npt.ArrayLike, dtype: npt.DTypeLike = np.float32) -> FloatArray:
     """Return a standard normal number a position, shape = rows and cols broadcast together.
 
     Computed in float64 and rounded once, so float32 values agree between machines unless their
@@ -117,9 +115,7 @@ def normal(
     return z.astype(dtype).reshape(raw.shape)
 
 
-def normal_block(
-    key: int, n_rows: int, n_cols: int, dtype: npt.DTypeLike = np.float32
-) -> FloatArray:
+def normal_block(key: int, n_rows: int, n_cols: int, dtype: npt.DTypeLike = np.float32) -> FloatArray:
     """Return `normal` at every position of an [n_rows, n_cols] layer, with a few MB of scratch.
 
     Args:

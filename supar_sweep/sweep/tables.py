@@ -38,11 +38,7 @@ def render(
     Raises:
         ConfigError: an unknown format.
     """
-    keys = (
-        list(columns)
-        if columns is not None
-        else list(dict.fromkeys(k for row in rows for k in row))
-    )
+    keys = list(columns) if columns is not None else list(dict.fromkeys(k for row in rows for k in row))
     match format:
         case "json":
             listed = [{key: _plain(row.get(key)) for key in keys} for row in rows]
@@ -55,9 +51,7 @@ def render(
                 return _rich(rows, headings, title)
             return _aligned(rows, headings, title)
         case _:
-            raise ConfigError(
-                "format", "no such format", value=format, allowed=FORMATS, nearest_to=format
-            )
+            raise ConfigError("format", "no such format", value=format, allowed=FORMATS, nearest_to=format)
 
 
 def _plain(value: Any) -> Any:
@@ -79,9 +73,7 @@ def _csv(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
     writer.writerow(keys)
     for row in rows:
         plain = (_plain(row.get(key)) for key in keys)
-        writer.writerow(
-            ["" if v is None else json.dumps(v) if isinstance(v, list | dict) else v for v in plain]
-        )
+        writer.writerow(["" if v is None else json.dumps(v) if isinstance(v, list | dict) else v for v in plain])
     return text.getvalue()
 
 
@@ -112,10 +104,7 @@ def _aligned(rows: Sequence[Mapping[str, Any]], headings: Mapping[str, str], tit
     right = {key: _right_aligned(rows, key) for key in headings}
 
     def line(texts: Mapping[str, str]) -> str:
-        padded = [
-            text.rjust(width[key]) if right[key] else text.ljust(width[key])
-            for key, text in texts.items()
-        ]
+        padded = [text.rjust(width[key]) if right[key] else text.ljust(width[key]) for key, text in texts.items()]
         return "  ".join(padded).rstrip()
 
     lines = [title] if title else []
@@ -131,9 +120,7 @@ def _rich(rows: Sequence[Mapping[str, Any]], headings: Mapping[str, str], title:
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(
-        title=title or None, box=box.SIMPLE_HEAD, title_justify="left", header_style="bold"
-    )
+    drawn = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", header_style="bold")
     for key, heading in headings.items():
         drawn.add_column(
             Text(heading),

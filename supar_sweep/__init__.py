@@ -1,0 +1,86 @@
+"""SuPar sweeps: tune a small dense proxy once, train sparse models of any width and density with
+the same hyperparameters.
+
+The public names for a model and a training loop of your own (docs/examples/mlp.py is a whole
+example):
+
+    tag                  say which role a parameter plays
+    Method               which rules are in force
+    HParams, Ratios      the numbers in base units; the target in units of the base
+    parameterize         write weights and masks in place; a plan per parameter
+    check_init           measure the start, and refuse a wrong one
+    param_groups         groups for any torch optimizer
+    parameter_rows       the table of what each parameter is trained with
+    forward_multipliers  factors for your own forward pass
+    role_hparams         the numbers of one role, without a model
+
+Importing this package loads no torch: each name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from supar_sweep.errors import ConfigError as ConfigError
+    from supar_sweep.errors import SuparError as SuparError
+    from supar_sweep.rules.hparams import HParams as HParams
+    from supar_sweep.rules.hparams import Ratios as Ratios
+    from supar_sweep.rules.parameterization import Method as Method
+    from supar_sweep.rules.transfer import forward_multipliers as forward_multipliers
+    from supar_sweep.rules.transfer import role_hparams as role_hparams
+    from supar_sweep.training.roles import check_init as check_init
+    from supar_sweep.training.roles import param_groups as param_groups
+    from supar_sweep.training.roles import parameter_rows as parameter_rows
+    from supar_sweep.training.roles import parameterize as parameterize
+    from supar_sweep.training.tags import tag as tag
+
+    __version__: str
+
+_HOMES = {
+    "ConfigError": "supar_sweep.errors",
+    "SuparError": "supar_sweep.errors",
+    "HParams": "supar_sweep.rules.hparams",
+    "Ratios": "supar_sweep.rules.hparams",
+    "Method": "supar_sweep.rules.parameterization",
+    "forward_multipliers": "supar_sweep.rules.transfer",
+    "role_hparams": "supar_sweep.rules.transfer",
+    "check_init": "supar_sweep.training.roles",
+    "param_groups": "supar_sweep.training.roles",
+    "parameter_rows": "supar_sweep.training.roles",
+    "parameterize": "supar_sweep.training.roles",
+    "tag": "supar_sweep.training.tags",
+}
+
+__all__ = [
+    "ConfigError",
+    "HParams",
+    "Method",
+    "Ratios",
+    "SuparError",
+    "check_init",
+    "forward_multipliers",
+    "param_groups",
+    "parameter_rows",
+    "parameterize",
+    "role_hparams",
+    "tag",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("supar-sweep")
+    if name in _HOMES:
+        from importlib import import_module
+
+        value = getattr(import_module(_HOMES[name]), name)
+        globals()[name] = value  # found without this function from now on
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,1 @@
+"""The roof: command words -> Hydra -> the rooms. Nothing heavy is imported before a command."""

@@ -1,0 +1,208 @@
+"""Hydra's part: words -> composed config -> Settings, and Hydra's errors -> ours."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from supar_sweep.cli.rooms import conf_dir
+from supar_sweep.cli.settings import Settings
+from supar_sweep.errors import ConfigError, SuparError
+
+# Hydra makes no folders, changes none, configures no logging: records have folders of their own.
+_QUIET = (
+    "hydra.run.dir=.",
+    "hydra.output_subdir=null",
+    "hydra/job_logging=none",
+    "hydra/hydra_logging=none",
+    "hydra/help=supar",
+)
+
+# Hydra's flags that take a word of their own
+_VALUED = (
+    *("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-path", "-cp"),
+    *("--config-name", "-cn", "--info", "-i", "--experimental-rerun"),
+)
+
+_REPLACED = re.compile(r"(experiment\.(?:axes|by|zipped)\b[^=]*)=(.*)", re.DOTALL)
+
+
+def hydra_words(word: str, does: str, words: Sequence[str]) -> list[str]:
+    """Return what Hydra is to parse: flags, the user's overrides (some respelled), our defaults.
+
+    - `hparams=path/to/best.yaml` loads a file, where Hydra knows groups only;
+    - `experiment.axes.lr=[...]` adds the axis or replaces it, where Hydra would merge or refuse.
+
+    Args:
+        word: the command.
+        does: its one-line description, shown by `--help`.
+        words: the user's words after the command.
+    """
+    flags: list[str] = []
+    told: list[str] = []
+    waiting = iter(words)
+    for each in waiting:
+        if each.startswith("-"):
+            # Hydra's parser wants all overrides in one piece, so the flags go first
+            flags += [each, *([next(waiting, "")] if each in _VALUED else [])]
+            continue
+        key, equals, value = each.partition("=")
+        if key == "hparams" and equals and (value.endswith((".yaml", ".yml")) or "/" in value):
+            told.append(f"hparams_file={_quoted(value)}")
+        elif match := _REPLACED.fullmatch(each):
+            told += [f"++{match[1]}=null", f"++{match[1]}={match[2]}"]
+        else:
+            told.append(each)
+    header = f"hydra.help.header={_quoted(f'supar-sweep {word}: {does}')}"
+    return [*flags, *told, *_QUIET, header]
+
+
+def _quoted(text: str) -> str:
+    if text[:1] == text[-1:] and text[:1] in ("'", '"'):
+        return text
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def from_hydra(word: str, task: Callable[[Settings], int]) -> int:
+    """Return the exit code of `task`, called with the settings that Hydra composes from sys.argv.
+
+    Args:
+        word: the command; conf/<word>.yaml is its root.
+        task: what to do; not called for --help, --cfg, -sc.
+
+    Raises:
+        SuparError: a request that Hydra or the schema refuses.
+    """
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf import DictConfig
+    from omegaconf.errors import OmegaConfBaseException
+
+    register_resolvers()
+    codes: list[int] = []
+    stopped: list[Exception] = []
+
+    def call(config: DictConfig) -> None:
+        from hydra.core.hydra_config import HydraConfig
+
+        try:
+            settings = Settings.read(word, config, tuple(HydraConfig.get().overrides.task))
+            codes.append(task(settings))
+        except (SuparError, OmegaConfBaseException) as error:
+            stopped.append(error)  # Hydra would print "Error executing job" above it
+
+    try:
+        with _raising():
+            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=word)(call)()
+        if stopped:
+            raise stopped[0]
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _teach(error, word) from None
+    except SystemExit as end:  # --help, --cfg, or a flag that does not exist
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return codes[0] if codes else 0
+
+
+def register_resolvers() -> None:
+    """Make `${share:fraction,count,minimum}` known to configs: fraction * count, rounded down."""
+    from omegaconf import OmegaConf
+
+    def share(fraction: float, count: int, minimum: int = 0) -> int:
+        return max(int(fraction * count + 1e-9), minimum)
+
+    OmegaConf.register_new_resolver("share", share, replace=True)
+
+
+@contextmanager
+def _raising() -> Iterator[None]:
+    """Let Hydra raise its errors, for `_teach` to word, instead of printing many lines."""
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def _teach(error: Exception, word: str) -> SuparError:
+    """Return Hydra's error as ours: the key, the value, what is allowed, the nearest name."""
+    text = str(error)
+    missing = getattr(error, "missing_cfg_file", None)
+    if missing is not None:
+        group, _, option = str(missing).removesuffix(".yaml").rpartition("/")
+        return ConfigError(
+            group or "command",
+            "has no such option",
+            value=option,
+            allowed=sorted(getattr(error, "options", None) or ()),
+            nearest_to=option,
+        )
+    if match := re.search(r"Could not (?:override|append to config[^']*|delete[^']*) '([^']+)'", text):
+        return _unknown_key(match[1].partition("@")[0], word)
+    if "Missing mandatory value" in text:
+        return ConfigError(str(getattr(error, "full_key", None) or word), "must be set")
+    lines = [each.strip() for each in text.splitlines() if each.strip()] or [type(error).__name__]
+    if "Ambiguous value" in lines[0]:
+        return SuparError(f"{lines[0]}; several values are an axis: experiment.axes.KEY=[...]")
+    typed = getattr(error, "override", None)
+    where = f"cannot read '{typed}': " if typed else ""
+    # a cause says what is wrong, Hydra's own first line where
+    cause = str(error.__cause__ or "").strip().partition("\n")[0]
+    return SuparError(where + ": ".join(dict.fromkeys(p for p in (lines[0], cause) if p)))
+
+
+def _unknown_key(key: str, word: str) -> ConfigError:
+    known = known_keys(word)
+    parent = key.rpartition(".")[0]
+    siblings = [other for other in known if other.rpartition(".")[0] == parent]
+    last = key.rpartition(".")[2]
+    # a right name under the wrong parent (width=128) is more likely than a similar one beside it
+    elsewhere = [other for other in known if other.rpartition(".")[2] == last]
+    if elsewhere:
+        return ConfigError(key, f"unknown key for {word}", allowed=elsewhere, nearest_to=elsewhere[0])
+    allowed = siblings or [other for other in known if "." not in other]
+    return ConfigError(key, f"unknown key for {word}", allowed=allowed, nearest_to=key)
+
+
+def known_keys(word: str) -> list[str]:
+    """Return every dotted setting of a command, sections included.
+
+    Args:
+        word: the command.
+    """
+    from omegaconf import DictConfig
+
+    config = compose(word)
+
+    def walk(node: DictConfig, prefix: str) -> Iterator[str]:
+        for name in map(str, node):
+            yield f"{prefix}{name}"
+            child = node._get_node(name)
+            if isinstance(child, DictConfig) and not child._is_none():
+                yield from walk(child, f"{prefix}{name}.")
+
+    return list(walk(config, ""))
+
+
+def compose(word: str, overrides: Sequence[str] = (), *, folder: Path | None = None) -> Any:
+    """Return a command's composed config without running it (a DictConfig).
+
+    Args:
+        word: the command.
+        overrides: Hydra overrides.
+        folder: of the groups; default: the shipped ones.
+    """
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+
+    register_resolvers()
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(folder or conf_dir()), version_base="1.3"):
+        return hydra.compose(word, overrides=list(overrides))

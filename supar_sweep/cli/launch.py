@@ -1,0 +1,137 @@
+"""Settings -> what training needs: a frozen plan, a launcher, a price for each cell. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from supar_sweep.cli.rooms import PACKAGE, room
+from supar_sweep.cli.settings import Settings
+from supar_sweep.config.decode import decode
+from supar_sweep.config.schema import CellConfig, DataConfig, check_ranges, setting
+from supar_sweep.errors import ConfigError
+from supar_sweep.sweep.grid import GridPoint
+from supar_sweep.sweep.jobs import Launcher
+from supar_sweep.sweep.submission import Experiment, Plan, PlannedCell, make_plan, provenance
+from supar_sweep.training.cost import flops_per_step
+from supar_sweep.training.environment import versions
+
+LAUNCHERS = ("local",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalConfig:
+    """conf/launcher/local.yaml."""
+
+    name: str = setting("local", choices=("local",))
+    processes: int | None = setting("workers; null = cores // runtime.threads", ge=1)
+    grace_s: float = setting("how long cells may take to save when stopped", ge=0)
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+def make_launcher(settings: Settings) -> Launcher:
+    """Return the launcher that the settings choose; the caller closes it (a context manager).
+
+    Raises:
+        ConfigError: an unknown launcher, or a setting that it does not have.
+    """
+    config = launcher_config(settings)
+    made: Launcher = room("launchers.local").LocalLauncher(
+        processes=config.processes,
+        threads=settings.runtime().threads,
+        grace_s=config.grace_s,
+        log_folder=settings.runs_dir / "logs",
+    )
+    return made
+
+
+def launcher_config(settings: Settings) -> LocalConfig:
+    """Return the launcher's own settings, checked. Raises ConfigError as `make_launcher`."""
+    plain = settings.plain["launcher"]
+    name = plain.get("name")
+    if name not in LAUNCHERS:
+        raise ConfigError("launcher.name", "no such launcher", value=name, allowed=LAUNCHERS, nearest_to=str(name))
+    return decode(LocalConfig, plain, prefix="launcher")
+
+
+def experiment_of(settings: Settings) -> Experiment:
+    """Return the grid's place in the runs folder."""
+    return Experiment(settings.runs_dir, settings.experiment)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid as it would be submitted now: its plan, and the decoded cells by id."""
+
+    plan: Plan
+    cells: dict[str, CellConfig]
+
+
+def freeze(settings: Settings) -> Grid:
+    """Return the grid of the settings: enumerated, checked, its data found and fingerprinted.
+
+    Raises:
+        ConfigError, GridError: settings or cells that cannot be.
+        DataError: data that is missing or unreadable.
+    """
+    from supar_sweep.training.corpus import fingerprint, resolve
+
+    name, runtime = settings.experiment, settings.runtime()
+    launcher_config(settings)  # wrong settings of it come to light before anything starts
+    found: dict[DataConfig, DataConfig] = {}
+    points = []
+    for point in settings.points():
+        data = found.setdefault(point.cell.data, resolve(point.cell.data))
+        same = data == point.cell.data
+        points.append(point if same else GridPoint(point.axes, replace(point.cell, data=data)))
+    plan = make_plan(
+        name,
+        points,
+        runtime=runtime,
+        fingerprint=fingerprint,
+        provenance=submission_facts(settings),
+    )
+    cells = {row["cell_id"]: point.cell for row, point in zip(plan.points, points, strict=True)}
+    return Grid(plan, cells)
+
+
+def submission_facts(settings: Settings) -> dict[str, Any]:
+    """Return the provenance of a submission: code, versions, command, hyperparameters' origin."""
+    facts = provenance(PACKAGE, versions())
+    if settings.winner is not None:
+        lineage = settings.winner.lineage
+        facts["hparams"] = {
+            "file": settings.plain.get("hparams_file"),
+            **{key: lineage[key] for key in ("study", "study_hash", "trial") if key in lineage},
+        }
+    return facts
+
+
+def flops(cell: CellConfig, *, dense_compute: bool = False) -> float:
+    """Return the training FLOPs of a whole run of the cell."""
+    return float(cell.train.steps) * flops_per_step(cell, dense_compute=dense_compute)
+
+
+def price(grid: Grid) -> Callable[[PlannedCell], float]:
+    """Return the relative cost of a cell, for `complete` to start the dear ones first."""
+    # what the FLOPs depend on; thousands of cells share a few of these
+    known: dict[Any, float] = {}
+
+    def of(planned: PlannedCell) -> float:
+        cell = grid.cells[planned.cell_id]
+        key = shape_key(cell)
+        if key not in known:
+            # this release multiplies by the whole masked matrix, so density saves no time
+            known[key] = flops(cell, dense_compute=True)
+        return known[key]
+
+    return of
+
+
+def shape_key(cell: CellConfig) -> tuple[Any, ...]:
+    """Return what parameters, FLOPs and memory of a cell depend on."""
+    optimizer = (cell.optimizer.name, cell.optimizer.momentum)
+    return (*(cell.model, cell.train, cell.density, cell.layer_density, cell.data.n_vocab, optimizer),)

@@ -1,0 +1,31 @@
+"""stdout: tables and nothing else, so that format=json can be piped. The rest goes to stderr."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from supar_sweep.sweep.tables import render
+
+
+def emit(
+    rows: Sequence[Mapping[str, Any]],
+    columns: Sequence[str] | Mapping[str, str] | None = None,
+    format: str = "table",
+    *,
+    title: str = "",
+) -> None:
+    """Write rows to stdout, drawn where it is a terminal.
+
+    Args:
+        rows, columns, format, title: as for `sweep.tables.render`.
+    """
+    terminal = sys.stdout.isatty()
+    sys.stdout.write(render(rows, columns, format, title=title, terminal=terminal))
+    sys.stdout.flush()
+
+
+def say(text: str = "") -> None:
+    """Write a line to stderr."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,55 @@
+"""`supar-sweep plot`: the figure of a grid's records, its data, and the verdict on transfer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from supar_sweep.cli.grid import note_unread
+from supar_sweep.cli.launch import experiment_of
+from supar_sweep.cli.output import emit, say
+from supar_sweep.cli.rooms import room
+from supar_sweep.cli.settings import Settings
+from supar_sweep.sweep.status import rows
+
+
+def plot(settings: Settings) -> int:
+    """Draw the grid's LR basins, write its verdict, print the verdict's table; return 0."""
+    experiment = experiment_of(settings)
+    frozen = experiment.plan()
+    note_unread(settings)
+    metric = settings.plain["plot"]["metric"]
+    emit_verdict(draw(rows(experiment, frozen), experiment.folder, metric), settings.format)
+    return 0
+
+
+def draw(records: list[dict[str, Any]], folder: Path, metric: str) -> list[Any]:
+    """Return the verdict's entries, after figure, data and verdict were written into `folder`.
+
+    Args:
+        records: one row a grid point (sweep.status.rows).
+        folder: the experiment's.
+        metric: train_loss or val_loss.
+    """
+    verdict, lr_basins = room("analysis.verdict"), room("analysis.lr_basins")
+    statements = room("analysis.statements")
+    sets = verdict.basin_sets(room("analysis.frames").frame(records), metric)
+    written: list[Path] = []
+    for basins in sets:
+        shape = f"-w{basins.fixed['width']}-l{basins.fixed['n_layer']}" if len(sets) > 1 else ""
+        stem = folder / f"lr_basins{shape}"
+        written += lr_basins.save(lr_basins.draw(basins), basins, stem)
+    entries: list[Any] = verdict.entries(sets)
+    claims = [claim.as_dict() for claim in statements.quickstart_statements(entries)]
+    written += verdict.write(entries, folder, claims)
+    for answer in verdict.verdicts(entries):
+        say(f"{answer.parameterization}: {answer.answer} ({answer.reason})")
+    for path in written:
+        say(f"wrote {path}")
+    return entries
+
+
+def emit_verdict(entries: list[Any], format: str) -> None:
+    """Print the verdict's table to stdout."""
+    tables = room("analysis.tables")
+    emit(tables.verdict_rows(entries, text=format == "table"), format=format)

@@ -1,0 +1,75 @@
+"""`supar-sweep rules`: the rule table, or what each parameter of a model gets and how it starts."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from supar_sweep.cli.output import emit
+from supar_sweep.cli.settings import CELL_KEYS, Settings
+from supar_sweep.errors import ConfigError
+from supar_sweep.rules.parameterization import TABLE
+from supar_sweep.sweep.tables import FORMATS
+
+COLUMNS = {
+    "quantity": "quantity",
+    "where": "of",
+    "optimizer": "optimizer",
+    "sp": "SP",
+    "mup": "muP",
+    "supar": "SuPar",
+    "gpt2": "depth: gpt2",
+    "completep": "depth: completep",
+    "source": "source",
+}
+PARAMETER_COLUMNS = (*("name", "role", "shape", "density", "init_std", "measured_std", "lr", "weight_decay", "eps"),)
+
+
+def rules(settings: Settings) -> int:
+    """Print the rule table, or with show=parameters one line a parameter; return 0."""
+    show = settings.plain["show"]
+    if show not in ("auto", "table", "parameters"):
+        raise ConfigError("show", "unknown choice", value=show, allowed=("auto", "table", "parameters"))
+    if show == "parameters" or (show == "auto" and settings.given(*CELL_KEYS, "hparams_file")):
+        return _parameters(settings)
+    if settings.format == "markdown":
+        sys.stdout.write(markdown())
+    else:
+        emit(rule_rows(), COLUMNS, settings.format)
+    return 0
+
+
+def rule_rows() -> list[dict[str, Any]]:
+    """Return the rule table, one plain row a rule: its factor in each column, and its source."""
+    return [{**{name: getattr(rule, name) for name in COLUMNS}, "optimizer": rule.optimizer or "any"} for rule in TABLE]
+
+
+def markdown() -> str:
+    """Return the rule table in Markdown, as the README shows it."""
+    lines = [f"| {' | '.join(COLUMNS.values())} |", "|" + "---|" * len(COLUMNS)]
+    for row in rule_rows():
+        cells = [str(row[name]) if name in ("source", "optimizer") else f"`{row[name]}`" for name in COLUMNS]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _parameters(settings: Settings) -> int:
+    if settings.format == "markdown":
+        raise ConfigError("format", "has no effect on show=parameters", value="markdown", allowed=FORMATS)
+    cell = settings.cell()
+    if cell.train.target is not None:
+        raise ConfigError(
+            "train.target",
+            "shows nothing here: the GPT's parameters are not those of your training function",
+            value=cell.train.target,
+            allowed="null, or supar_sweep.parameter_rows on your own module",
+        )
+    from supar_sweep.training.model import build
+    from supar_sweep.training.roles import parameter_rows
+
+    model = cell.model
+    method = f"{cell.parameterization}, {cell.optimizer.name}"
+    title = f"{method}: width {model.width}, density {cell.density:g}, n_layer {model.n_layer}"
+    rows = parameter_rows(build(cell)[1])
+    emit(rows, PARAMETER_COLUMNS, settings.format, title=title)
+    return 0

@@ -1,0 +1,146 @@
+"""What a command gets: the composed config as plain values, decoded on demand. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from supar_sweep.config.decode import decode
+from supar_sweep.config.schema import CellConfig, RuntimeConfig
+from supar_sweep.config.study import StudyConfig
+from supar_sweep.errors import ConfigError
+from supar_sweep.sweep.grid import GridPoint, GridSpec, enumerate_grid
+from supar_sweep.sweep.tables import FORMATS
+from supar_sweep.sweep.winner import Winner, load_winner
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+CELL_KEYS = tuple(item.name for item in fields(CellConfig))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One command's composed config.
+
+    Args:
+        command: the command word.
+        plain: the config as dicts, lists, scalars; interpolations resolved, hparams_file merged in.
+        overrides: what the user typed, as Hydra lists it.
+        winner: what hparams_file holds, with its lineage; None where none is given.
+    """
+
+    command: str
+    plain: Mapping[str, Any]
+    overrides: tuple[str, ...] = ()
+    winner: Winner | None = None
+
+    @staticmethod
+    def read(command: str, config: DictConfig, overrides: tuple[str, ...] = ()) -> Settings:
+        """Return the settings of a composed config.
+
+        Raises:
+            ConfigError: an unknown key or format, an hparams_file that cannot be read.
+        """
+        from omegaconf import OmegaConf
+
+        plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        added = [text.lstrip("+").partition("=")[0] for text in overrides if text.startswith("+")]
+        for key in added:
+            top = key.partition(".")[0].partition("@")[0]
+            if top in plain and top not in (*CELL_KEYS, *SECTIONS):
+                known = [name for name in plain if name in (*CELL_KEYS, *SECTIONS)]
+                raise ConfigError(top, "unknown key", allowed=known, nearest_to=top)
+        allowed = (*FORMATS, *FURTHER_FORMATS.get(command, ()))
+        if plain["format"] not in allowed:
+            raise ConfigError("format", f"no such format of {command}", value=plain["format"], allowed=allowed)
+        winner = None
+        if plain.get("hparams_file") is not None:
+            winner = load_winner(Path(plain["hparams_file"]))
+            plain = _with_hparams(plain, winner, overrides)
+        return Settings(command, plain, overrides, winner)
+
+    @property
+    def format(self) -> str:
+        """How tables are written: table, json, csv."""
+        return str(self.plain["format"])
+
+    @property
+    def runs_dir(self) -> Path:
+        """The folder of all records."""
+        return Path(self.plain["runs_dir"]).expanduser()
+
+    @property
+    def experiment(self) -> str:
+        """The grid's name."""
+        name = self.plain["experiment"].get("name")
+        if not isinstance(name, str):
+            raise ConfigError("experiment.name", "must be text", value=name)
+        return name
+
+    def study_dir(self) -> Path:
+        """The study's folder: journal, best.yaml."""
+        return self.runs_dir / "studies" / self.study().name
+
+    def cell_plain(self) -> dict[str, Any]:
+        """Return the cell's settings, not yet decoded: the base of a grid."""
+        return {key: self.plain[key] for key in CELL_KEYS if key in self.plain}
+
+    def cell(self) -> CellConfig:
+        """Return the one cell that the settings describe, axes aside."""
+        return decode(CellConfig, self.cell_plain())
+
+    def runtime(self) -> RuntimeConfig:
+        """Return how cells are computed."""
+        return decode(RuntimeConfig, self.plain["runtime"], prefix="runtime")
+
+    def study(self) -> StudyConfig:
+        """Return the tuning study."""
+        return decode(StudyConfig, self.plain["study"], prefix="study")
+
+    def grid(self) -> GridSpec:
+        """Return what varies."""
+        spec = {key: value for key, value in self.plain["experiment"].items() if key != "name"}
+        return decode(GridSpec, spec, prefix="experiment")
+
+    def points(self) -> list[GridPoint]:
+        """Return every cell of the grid. Raises GridError for invalid ones, all at once."""
+        return enumerate_grid(self.cell_plain(), self.grid())
+
+    def given(self, *sections: str) -> tuple[str, ...]:
+        """Return the keys set on the command line, those in `sections` only (default: all)."""
+        keys = [text.lstrip("+~").partition("=")[0].partition("@")[0] for text in self.overrides]
+        return tuple(key for key in keys if not sections or key.replace("/", ".").partition(".")[0] in sections)
+
+
+SECTIONS = (
+    *("hparams_file", "runs_dir", "format", "experiment", "launcher", "runtime"),
+    *("study", "size", "target", "show", "plot", "by"),
+)
+"""The top-level keys beside a cell's own."""
+
+FURTHER_FORMATS = {"transfer": ("yaml",), "rules": ("markdown",)}
+"""Formats that a command has besides those of every table."""
+
+
+def _with_hparams(plain: dict[str, Any], winner: Winner, overrides: tuple[str, ...]) -> dict[str, Any]:
+    """Return the config with a file's hyperparameters, and their base shape; typed values win."""
+    from supar_sweep.config.decode import encode
+
+    typed = Settings("", plain, overrides).given("hparams", "base")
+    if "hparams" in typed:
+        raise ConfigError(
+            "hparams_file",
+            "and hparams=<option> both choose the hyperparameters",
+            value=plain["hparams_file"],
+            allowed="one of them",
+        )
+    loaded = encode(winner.hparams)
+    base = (winner.lineage.get("proxy") or {}).get("base")
+    for section, values in (("hparams", loaded), ("base", base)):
+        if values is not None:
+            kept = {name: plain[section][name] for name in values if f"{section}.{name}" in typed}
+            plain = {**plain, section: {**values, **kept}}
+    return plain

@@ -1,0 +1,346 @@
+"""complete(plan): skip what is done, resume what is partial, try again what failed. No torch.
+
+The records are the only memory: a coordinator killed at any moment is replaced by the next `run`,
+which reads them.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from supar_sweep.errors import RecordError
+from supar_sweep.sweep.interrupt import Interrupts
+from supar_sweep.sweep.jobs import Event, Launcher, plain_job
+from supar_sweep.sweep.records import COMPLETE_ENDS
+from supar_sweep.sweep.status import CellState, cell_state, folders
+from supar_sweep.sweep.submission import Experiment, Plan, PlannedCell
+
+POLL_S = 0.5
+"""How long a Ctrl-C, or a cell held by another process, may wait to be noticed."""
+
+
+class Progress(Protocol):
+    """Somebody who shows how far a grid is."""
+
+    def update(self, counts: Mapping[str, int], eta_s: float | None) -> None:
+        """Show the cells by state (n, done, diverged, running, pending, failed, ...) and the
+        seconds left, None = unknown.
+        """
+
+    def message(self, text: str) -> None:
+        """Show one line that stays."""
+
+
+class Silent:
+    """A Progress that shows nothing."""
+
+    def update(self, counts: Mapping[str, int], eta_s: float | None) -> None:
+        """Show nothing."""
+
+    def message(self, text: str) -> None:
+        """Show nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trouble:
+    """One kind of end that completes no cell: how many cells, and the first one's label, message
+    and log.
+    """
+
+    end: str
+    n: int
+    cell: str
+    message: str
+    log: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What a `run` leaves behind.
+
+    Args:
+        counts: distinct cells by state; `n` = all of them.
+        skipped: complete before this run began.
+        held: not started because the first ones all failed alike.
+        interrupted: stopped by Ctrl-C or `cancel`.
+        troubles: the kinds of failure, most frequent first.
+        wall_s: seconds from start to end.
+    """
+
+    counts: Mapping[str, int]
+    skipped: int
+    held: int
+    interrupted: bool
+    troubles: tuple[Trouble, ...]
+    wall_s: float
+
+    @property
+    def complete(self) -> bool:
+        """Whether every cell is done or diverged."""
+        return sum(self.counts.get(end, 0) for end in COMPLETE_ENDS) == self.counts["n"]
+
+
+def complete(
+    experiment: Experiment,
+    plan: Plan,
+    launcher: Launcher,
+    *,
+    cost: Callable[[PlannedCell], float] = lambda cell: 1.0,
+    progress: Progress | None = None,
+    retries: int = 2,
+    alike: int = 5,
+) -> Summary:
+    """Return what came of the grid, after every cell of the plan that is not complete was tried.
+
+    The plan is frozen to plan.json first. A cell that failed is tried once by each call; one whose
+    process died is tried again within the call. Ctrl-C (or SIGTERM) lets the cells save and ends
+    them as cancelled; a second one kills them.
+
+    Args:
+        experiment: where.
+        plan: what.
+        launcher: by whom; the caller closes it.
+        cost: relative price of a cell, > 0: the dear ones go first, so that no long one runs alone
+            at the end.
+        progress: told after each change; None = nobody.
+        retries: further tries of a cell whose process died without a word, >= 0.
+        alike: when so many first ends are the same failure, the rest is held, >= 1.
+
+    Raises:
+        BusyError: another `run` works on this experiment.
+        RecordError: the runs folder cannot be written.
+    """
+    # the handlers come first: whoever can read the lock may signal its holder
+    with Interrupts() as interrupts, experiment.hold():
+        experiment.write(plan)
+        run = _Run(experiment, plan, launcher, cost, progress or Silent(), retries, alike)
+        return run.through(interrupts)
+
+
+@dataclass
+class _Run:
+    experiment: Experiment
+    plan: Plan
+    launcher: Launcher
+    cost: Callable[[PlannedCell], float]
+    progress: Progress
+    retries: int
+    alike: int
+    todo: deque[str] = field(default_factory=deque)
+    under_way: set[str] = field(default_factory=set)
+    elsewhere: set[str] = field(default_factory=set)
+    troubles: dict[str, Event] = field(default_factory=dict)
+    deaths: Counter[str] = field(default_factory=Counter)
+    first: list[str] = field(default_factory=list)
+    held: int = 0
+    interrupts: int = 0
+
+    def through(self, interrupts: Interrupts) -> Summary:
+        """Take the grid to its end, and return the summary."""
+        begun_s = time.monotonic()
+        self.folders = folders(self.experiment.store, self.plan)
+        self.states = {this: cell_state(folder) for this, folder in self.folders.items()}
+        self.costs = {this: self.cost(cell) for this, cell in self.plan.cells.items()}
+        self._sort_out()
+        skipped = sum(state.complete for state in self.states.values())
+        self.spent_s, self.paid, self.clock_s = 0.0, 0.0, time.monotonic()
+        self._show()
+        while self.todo or self.under_way or self.elsewhere:
+            self._obey(interrupts.count)
+            while self.todo and len(self.under_way) < self.launcher.slots:
+                self._submit(self.todo.popleft())
+            if self.under_way:
+                events = self.launcher.events(POLL_S)
+            else:
+                events = []
+                time.sleep(POLL_S if self.elsewhere else 0)
+            for event in events:
+                self._take(event)
+            if self._look_elsewhere() or events:
+                self._show()
+        return self._summary(skipped, time.monotonic() - begun_s)
+
+    def _sort_out(self) -> None:
+        """Decide what is to be done with each cell, by its state."""
+        corrupt = []
+        for this, state in self.states.items():
+            if state.complete:
+                continue
+            if state.state == "running":
+                self.elsewhere.add(this)
+                continue
+            if state.state == "corrupt" and not self._mended(this):
+                continue
+            corrupt += [this] if state.state == "corrupt" else []
+            self.todo.append(this)
+        self.todo = deque(sorted(self.todo, key=lambda this: -self.costs[this]))
+        if corrupt:
+            self.progress.message(
+                f"{_cells(len(corrupt))} had a torn record, which is set aside: trained again "
+                f"({self._name(corrupt[0])}: {self.states[corrupt[0]].message})"
+            )
+        if self.elsewhere:
+            self.progress.message(f"{_cells(len(self.elsewhere))} being trained by another process: waiting for it")
+
+    def _mended(self, this: str) -> bool:
+        """Move a torn result aside; where that is impossible the cell has failed, and the others go
+        on.
+        """
+        folder = self.folders[this]
+        try:
+            if (folder.path / "result.json").exists():
+                folder.set_aside_result()
+            return True
+        except RecordError as error:
+            self._fail(Event(this, "failed", str(error)))
+            return False
+
+    def _obey(self, count: int) -> None:
+        """Act on Ctrl-C: the first lets cells save, the second kills them."""
+        if count <= self.interrupts:
+            return
+        if self.interrupts == 0:
+            self.progress.message("stopping: cells save and end (Ctrl-C again kills them)")
+            self.todo.clear()
+            self.elsewhere.clear()
+            self.launcher.cancel()
+        if count >= 2:
+            self.launcher.cancel(now=True)
+        self.interrupts = count
+
+    def _submit(self, this: str) -> None:
+        planned = self.plan.cells[this]
+        self.under_way.add(this)
+        self.launcher.submit(
+            plain_job(
+                self.experiment.store,
+                self.folders[this],
+                planned.cell,
+                self.plan.runtime,
+                planned.fingerprint,
+                self.plan.provenance,
+            )
+        )
+
+    def _take(self, event: Event) -> None:
+        """Note how a cell ended, and what follows from it."""
+        this = event.cell_id
+        self.under_way.discard(this)
+        if event.end == "busy":
+            if not self.interrupts:
+                self.elsewhere.add(this)
+            return
+        if event.end in COMPLETE_ENDS:
+            state = cell_state(self.folders[this])
+            if state.complete:
+                self._finish(this, state)
+                return
+            event = Event(this, "failed", f"said {event.end}, but its record is {state.state}")
+        if self.interrupts:
+            self.states[this] = CellState(event.end, event.message)
+            return
+        # told to stop by somebody, not by us: as good as a death
+        died = event.died or event.end == "cancelled"
+        if died and self.deaths[this] < self.retries:
+            self.deaths[this] += 1
+            self.todo.append(this)
+            self.progress.message(
+                f"{self._name(this)}: {event.message or event.end}; try {self.deaths[this] + 1} of {self.retries + 1}"
+            )
+        else:
+            self._fail(event)
+        self._judge(event)
+
+    def _finish(self, this: str, state: CellState) -> None:
+        self.states[this] = state
+        self.troubles.pop(this, None)
+        self.first.append("")
+        self.paid += self.costs[this]
+
+    def _fail(self, event: Event) -> None:
+        found = cell_state(self.folders[event.cell_id])
+        self.states[event.cell_id] = CellState(event.end, event.message, found.attempts, found.log)
+        self.troubles[event.cell_id] = event
+        self.paid += self.costs[event.cell_id]
+
+    def _judge(self, event: Event) -> None:
+        """Hold the rest of the grid when its first ends are one and the same failure."""
+        # numbers differ (pids, steps, addresses) where the cause is one
+        self.first.append(f"{event.end}: {re.sub(r'[0-9a-f]*[0-9][0-9a-f]*', '#', event.message)}")
+        if len(self.first) != self.alike or len(set(self.first)) != 1 or not self.todo:
+            return
+        self.held = len(self.todo)
+        for this in self.todo:
+            if self.deaths[this]:
+                self._fail(event._replace(cell_id=this))
+        self.todo.clear()
+        log = cell_state(self.folders[event.cell_id]).log
+        self.progress.message(
+            f"the first {self.alike} cells all failed alike, so {_cells(self.held)} held back. "
+            f"{event.end}: {event.message}" + (f" (see {log})" if log else "")
+        )
+
+    def _look_elsewhere(self) -> bool:
+        """Take up what another process let go of, and return whether anything changed."""
+        changed = False
+        for this in list(self.elsewhere):
+            state = cell_state(self.folders[this])
+            if state.state == "running":
+                continue
+            changed = True
+            self.elsewhere.discard(this)
+            if state.complete:
+                self._finish(this, state)
+            else:
+                self.todo.append(this)
+        return changed
+
+    def _counts(self) -> dict[str, int]:
+        waiting = {*self.todo}
+        active = self.under_way | self.elsewhere
+        counts = Counter(
+            "running" if this in active else "pending" if this in waiting else state.state
+            for this, state in self.states.items()
+        )
+        return {"n": len(self.states), **counts}
+
+    def _show(self) -> None:
+        """Tell the progress, with an ETA from what the finished cells cost."""
+        left = sum(self.costs[this] for this in (*self.todo, *self.under_way, *self.elsewhere))
+        elapsed_s = time.monotonic() - self.clock_s
+        eta_s = elapsed_s * left / self.paid if self.paid > 0 else None
+        self.progress.update(self._counts(), eta_s)
+
+    def _summary(self, skipped: int, wall_s: float) -> Summary:
+        kinds: dict[str, list[str]] = {}
+        for this, event in self.troubles.items():
+            kinds.setdefault(event.end, []).append(this)
+        return Summary(
+            counts=self._counts(),
+            skipped=skipped,
+            held=self.held,
+            interrupted=self.interrupts > 0,
+            troubles=tuple(
+                Trouble(
+                    end=end,
+                    n=len(members),
+                    cell=self._name(members[0]),
+                    message=self.troubles[members[0]].message,
+                    log=self.states[members[0]].log,
+                )
+                for end, members in sorted(kinds.items(), key=lambda item: -len(item[1]))
+            ),
+            wall_s=wall_s,
+        )
+
+    def _name(self, this: str) -> str:
+        return self.folders[this].path.name
+
+
+def _cells(n: int) -> str:
+    return "1 cell" if n == 1 else f"{n} cells"

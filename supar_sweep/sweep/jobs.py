@@ -1,0 +1,139 @@
+"""The door between a grid and the processes that train it: jobs, and what a launcher must do.
+
+It stands here, not in launchers/, because `complete` and `tune` are handed a launcher and import
+none. No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol, Self
+
+from supar_sweep.config.decode import encode
+from supar_sweep.config.schema import CellConfig, RuntimeConfig
+from supar_sweep.sweep.identity import cell_id, label
+from supar_sweep.sweep.records import CellFolder, Store
+
+Job = Mapping[str, Any]
+"""One cell's work as plain values, resolved at submission. A worker runs from it and nothing else.
+
+    store         path of the runs folder's cells
+    folder        the cell's folder, relative to it
+    cell_id       16 hex digits
+    cell          CellConfig, plain
+    runtime       RuntimeConfig, plain
+    fingerprint   of the corpus
+    provenance    facts of the submission, kept in each attempt
+"""
+
+
+class Event(NamedTuple):
+    """The end of one job.
+
+    Args:
+        cell_id: whose.
+        end: a typed end (records.End), or "busy": another process holds the cell.
+        message: one line on the cause; "" where the end says it all.
+        died: the process ended without a word (killed, crashed): the machine's doing, so worth
+            another try.
+    """
+
+    cell_id: str
+    end: str
+    message: str = ""
+    died: bool = False
+
+
+class Launcher(Protocol):
+    """Brings jobs to processes. Records are the workers' doing; a launcher tells only that and how
+    a job ended.
+    """
+
+    @property
+    def name(self) -> str:
+        """Return the word of conf/launcher that chose it."""
+
+    @property
+    def slots(self) -> int:
+        """Return how many jobs are worth handing over at once: the rest is better kept back, where
+        it can be held.
+        """
+
+    def submit(self, job: Job) -> None:
+        """Take a job and return at once. It may be gathered with others until the next call of
+        `events`.
+        """
+
+    def events(self, timeout_s: float) -> list[Event]:
+        """Return the ends since the last call, in order; wait up to `timeout_s` for the first.
+
+        Every submitted job yields exactly one event, also after `cancel`. Nothing under way:
+        returns [] at once.
+        """
+
+    def cancel(self, *, now: bool = False) -> None:
+        """Ask every job to save and end as `cancelled`; `now` kills instead. Nothing is taken
+        afterwards.
+        """
+
+    def close(self) -> None:
+        """Let go of all processes: asked to stop first, killed after a grace."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...
+
+
+def make_job(
+    store: Store,
+    cell: CellConfig,
+    runtime: RuntimeConfig,
+    fingerprint: str,
+    provenance: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the job of one cell: plain values all through, ready for JSON.
+
+    Args:
+        store: where its record goes.
+        cell: what to train.
+        runtime: how to compute it.
+        fingerprint: of the corpus.
+        provenance: facts of the submission, kept in each attempt.
+    """
+    this = cell_id(cell, fingerprint)
+    folder = store.folder(this, label(cell))
+    return plain_job(store, folder, encode(cell), encode(runtime), fingerprint, provenance)
+
+
+def plain_job(
+    store: Store,
+    folder: CellFolder,
+    cell: Mapping[str, Any],
+    runtime: Mapping[str, Any],
+    fingerprint: str,
+    provenance: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the job of a cell that is plain already, as a frozen plan holds it. Arguments as for
+    `make_job`.
+    """
+    return {
+        "store": str(store.root.absolute()),
+        "folder": str(folder.path.relative_to(store.root)),
+        "cell_id": folder.cell_id,
+        "cell": dict(cell),
+        "runtime": dict(runtime),
+        "fingerprint": fingerprint,
+        "provenance": dict(provenance),
+    }
+
+
+def folder_of(job: Job) -> CellFolder:
+    """Return the cell folder that a job works in."""
+    return CellFolder(Path(job["store"]) / job["folder"])

@@ -1,0 +1,56 @@
+"""Optuna's samplers as the tuner uses them, and its journal made whole. Optuna is imported when asked for."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from supar_sweep.errors import ConfigError
+
+if TYPE_CHECKING:
+    import optuna
+
+
+def make_sampler(name: str, seed: int, n_asked: int) -> optuna.samplers.BaseSampler:
+    """Return a sampler reseeded from (seed, trials asked so far): a resumed study never repeats its random start.
+
+    Args:
+        name: tpe, random, qmc, gp or cma.
+        seed: of the study.
+        n_asked: trials in the study before this one.
+
+    Raises:
+        ConfigError: cma without the cmaes package.
+    """
+    import optuna.samplers as samplers
+
+    digest = hashlib.sha256(f"{seed}/{n_asked}".encode()).digest()
+    fresh = int.from_bytes(digest[:4], "little")
+    if name == "random":
+        return samplers.RandomSampler(seed=fresh)
+    if name == "qmc":
+        # a low-discrepancy sequence is one sequence: its position is kept in the study, its scrambling must not change
+        return samplers.QMCSampler(
+            scramble=True, seed=seed, warn_asynchronous_seeding=False, warn_independent_sampling=False
+        )
+    if name == "gp":
+        return samplers.GPSampler(seed=fresh)
+    if name == "cma":
+        from importlib.util import find_spec
+
+        if find_spec("cmaes") is None:
+            raise ConfigError("study.sampler", "needs the package cmaes: pip install 'supar-sweep[cma]'", value=name)
+        return samplers.CmaEsSampler(seed=fresh, warn_independent_sampling=False)
+    return samplers.TPESampler(seed=fresh)
+
+
+def mend_journal(journal: Path) -> None:
+    """Cut a torn last line: a coordinator killed in mid-write leaves one, and the next append would be glued to it."""
+    if not journal.exists():
+        return
+    raw = journal.read_bytes()
+    whole = raw[: raw.rfind(b"\n") + 1]
+    if whole != raw:
+        with journal.open("r+b") as file:
+            file.truncate(len(whole))

@@ -1,0 +1,133 @@
+"""Cells trained one by one for a coordinator that decides as it goes (the tuner), over any
+launcher. No torch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from supar_sweep.config.schema import CellConfig, RuntimeConfig
+from supar_sweep.sweep.jobs import Event, Job, Launcher, folder_of, make_job
+from supar_sweep.sweep.records import COMPLETE_ENDS, Store
+from supar_sweep.sweep.status import cell_state
+
+POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class CellEnd:
+    """How a cell ended: id, typed end, message, and its result record where it has one."""
+
+    cell_id: str
+    end: str
+    message: str
+    result: Mapping[str, Any] | None
+
+
+class CellTrainer:
+    """Hands cells to a launcher and tells of each one's end once.
+
+    A cell that is complete already ends at once; one that another process trains is waited for; one
+    whose process died without a word is tried again.
+
+    Args:
+        store: where records are.
+        launcher: who trains; the caller closes it.
+        runtime: how cells are computed.
+        fingerprint: of the corpus of all these cells.
+        provenance: facts of the submission.
+        retries: further tries of a cell whose process died, >= 0.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        launcher: Launcher,
+        runtime: RuntimeConfig,
+        *,
+        fingerprint: str,
+        provenance: Mapping[str, Any],
+        retries: int = 2,
+    ) -> None:
+        self._store, self._launcher, self._runtime = store, launcher, runtime
+        self._fingerprint, self._provenance = fingerprint, provenance
+        self._retries = retries
+        self._jobs: dict[str, Job] = {}
+        self._elsewhere: set[str] = set()
+        self._deaths: Counter[str] = Counter()
+        self._ends: list[CellEnd] = []
+
+    @property
+    def slots(self) -> int:
+        """How many cells are worth submitting at once."""
+        return self._launcher.slots
+
+    def submit(self, cell: CellConfig) -> str:
+        """Return the cell's id at once. `ends` tells its end, also where it is complete already.
+
+        Args:
+            cell: what to train.
+
+        Raises:
+            RecordError: the launcher cannot start a process.
+        """
+        job = make_job(self._store, cell, self._runtime, self._fingerprint, self._provenance)
+        this: str = job["cell_id"]
+        if this in self._jobs:  # asked for twice while under way: its one end tells both
+            return this
+        state = cell_state(folder_of(job))
+        if state.complete:
+            self._tell(job, state.state, "")
+            return this
+        if state.state == "corrupt" and (folder_of(job).path / "result.json").exists():
+            folder_of(job).set_aside_result()
+        self._jobs[this] = job
+        self._launcher.submit(job)
+        return this
+
+    def ends(self, timeout_s: float) -> list[CellEnd]:
+        """Return the ends since the last call, waiting up to timeout_s for one.
+
+        Args:
+            timeout_s: seconds; with nothing under way the answer comes at once.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        while not self._ends and self._jobs:
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                break
+            pause_s = min(left_s, POLL_S) if self._elsewhere else left_s
+            if len(self._elsewhere) == len(self._jobs):
+                time.sleep(pause_s)
+            for event in self._launcher.events(pause_s):
+                self._take(event)
+            self._look_elsewhere()
+        found, self._ends = self._ends, []
+        return found
+
+    def _take(self, event: Event) -> None:
+        if event.end == "busy":
+            self._elsewhere.add(event.cell_id)
+        elif event.died and self._deaths[event.cell_id] < self._retries:
+            self._deaths[event.cell_id] += 1
+            self._launcher.submit(self._jobs[event.cell_id])
+        else:
+            self._tell(self._jobs.pop(event.cell_id), event.end, event.message)
+
+    def _look_elsewhere(self) -> None:
+        for this in list(self._elsewhere):
+            state = cell_state(folder_of(self._jobs[this]))
+            if state.state != "running":
+                self._elsewhere.discard(this)
+                if state.complete:
+                    self._tell(self._jobs.pop(this), state.state, "")
+                else:
+                    self._launcher.submit(self._jobs[this])
+
+    def _tell(self, job: Job, end: str, message: str) -> None:
+        result = folder_of(job).result() if end in COMPLETE_ENDS else None
+        self._ends.append(CellEnd(job["cell_id"], end, message, result))

@@ -1,0 +1,365 @@
+"""The tuner: Optuna asks, a launcher trains, one coordinator tells. Optuna is imported when a study starts. No torch.
+
+A trial is a cell like any other: it has an id, a folder and a record, so a coordinator that died finds the trials it had asked
+for finished, or submits them again with the same numbers. The budget is a total: a rerun tops up to it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from supar_sweep.config.decode import encode
+from supar_sweep.config.schema import CellConfig
+from supar_sweep.config.study import StudyConfig
+from supar_sweep.errors import BusyError, ConfigError, RecordError, SuparError
+from supar_sweep.rules.parameterization import RULES_VERSION
+from supar_sweep.sweep.identity import canonical
+from supar_sweep.sweep.sampling import make_sampler, mend_journal
+from supar_sweep.sweep.trainer import CellEnd
+from supar_sweep.sweep.winner import Winner
+
+if TYPE_CHECKING:
+    import optuna
+
+FAILURES_IN_A_ROW = 3
+"""A study stops when so many trials on end fail (crash, not diverge): the next would fail alike."""
+
+
+class Trainer(Protocol):
+    """Trains cells for the coordinator: trainer.CellTrainer, over a store and a launcher."""
+
+    @property
+    def slots(self) -> int:
+        """Return how many cells are worth submitting at once."""
+
+    def submit(self, cell: CellConfig) -> str:
+        """Return the cell's id at once; a cell that is complete already ends without being trained."""
+
+    def ends(self, timeout_s: float) -> Sequence[CellEnd]:
+        """Return the ends since the last call, waiting up to timeout_s for one."""
+
+
+def proxy_of(cell: CellConfig) -> CellConfig:
+    """Return the proxy of a target: the base shape itself, dense, where every parameterization but SP is muP.
+
+    Args:
+        cell: the target; its training settings are the proxy's too, because nothing else transfers.
+
+    Raises:
+        ConfigError: a cell without a base shape.
+    """
+    if cell.base is None:
+        raise ConfigError("base", "must be set: the base shape is what is tuned", value=None)
+    shape = replace(cell.model, width=cell.base.width, n_layer=cell.base.n_layer)
+    return replace(cell, model=shape, density=1.0, parameterization="mup")
+
+
+def study_hash(study: StudyConfig, proxy: CellConfig, fingerprint: str) -> str:
+    """Return 16 hex digits over all that makes two trials of a study comparable: space, metric, proxy, data, rules."""
+    plain = encode(canonical(proxy))
+    plain.pop("hparams")
+    fixed = {k: v for k, v in encode(proxy.hparams).items() if k not in study.space}
+    parts = [plain, fixed, encode(study.intervals()), study.metric, fingerprint, RULES_VERSION]
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def tune(
+    study: StudyConfig,
+    proxy: CellConfig,
+    trainer: Trainer,
+    folder: Path,
+    *,
+    fingerprint: str,
+    provenance: Mapping[str, Any],
+    progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
+) -> Winner:
+    """Return the best base hyperparameters found, and write them to folder/best.yaml.
+
+    Args:
+        study: budget, sampler, space, confirmation.
+        proxy: the dense cell that is tuned; its hparams are tried first, and stand for what is not searched.
+        trainer: trains trials; a diverged one is told as log(vocabulary), a large finite loss the sampler learns from.
+        folder: the study's folder: journal.log (optuna-dashboard opens it), best.yaml, lock.
+        fingerprint: of the proxy's data.
+        provenance: code version and the like, copied into the lineage.
+        progress: called with ("search" or "confirm", finished, total).
+
+    Raises:
+        ConfigError: a proxy that is not dense, defaults outside the space, or a study of this name with another space.
+        BusyError: another coordinator works on this study.
+        SuparError: trials keep failing.
+    """
+    _check(study, proxy)
+    folder = folder.resolve()
+    with _Lock(folder):
+        tuner = _Tuner(study, proxy, trainer, folder, fingerprint)
+        tuner.search(progress)
+        scores = tuner.confirm(progress)
+        winner = tuner.winner(scores, provenance)
+        winner.write(folder / "best.yaml")
+    return winner
+
+
+def _check(study: StudyConfig, proxy: CellConfig) -> None:
+    if proxy.density != 1:
+        raise ConfigError("density", "the proxy is dense", value=proxy.density, allowed="1")
+    if proxy.seed in study.confirm_seeds:
+        raise ConfigError(
+            "study.confirm_seeds",
+            "must be seeds that the trials did not use",
+            value=list(study.confirm_seeds),
+            allowed=f"any but seed = {proxy.seed}",
+        )
+    for name, interval in study.intervals().items():
+        value = getattr(proxy.hparams, name)
+        if not (value > 0 and interval.low_log2 <= math.log2(value) <= interval.high_log2):
+            raise ConfigError(
+                f"hparams.{name}",
+                "is tried first, so it must lie in the search space",
+                value=value,
+                allowed=f"2^{interval.low_log2:g} .. 2^{interval.high_log2:g}",
+            )
+
+
+class _Lock:
+    """One coordinator a study."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> _Lock:
+        import fcntl
+
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.file = (self.folder / "lock").open("a+")
+        except OSError as error:
+            raise RecordError(f"cannot write {self.folder}: {error.strerror}") from error
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.file.close()
+            raise BusyError(f"study {self.folder.name} is being tuned by another process") from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+
+class _Tuner:
+    def __init__(
+        self,
+        study: StudyConfig,
+        proxy: CellConfig,
+        trainer: Trainer,
+        folder: Path,
+        fingerprint: str,
+    ) -> None:
+        self.config, self.proxy, self.trainer = study, proxy, trainer
+        self.fingerprint = fingerprint
+        self.hash = study_hash(study, proxy, fingerprint)
+        self.penalty = math.log(proxy.data.n_vocab)
+        self.study = self._open(folder / "journal.log")
+
+    def _open(self, journal: Path) -> optuna.Study:
+        import optuna
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        mend_journal(journal)
+        # the default symlink lock spins for ever once its holder was killed
+        backend = JournalFileBackend(str(journal), JournalFileOpenLock(str(journal)))
+        opened = optuna.create_study(storage=JournalStorage(backend), study_name=self.config.name, load_if_exists=True)
+        known = opened.user_attrs.get("study_hash")
+        if known is None:
+            opened.set_user_attr("study_hash", self.hash)
+            opened.set_user_attr("space", encode(self.config.intervals()))
+            defaults = {n: getattr(self.proxy.hparams, n) for n in self.config.intervals()}
+            opened.enqueue_trial(defaults, skip_if_exists=True)
+        elif known != self.hash:
+            raise ConfigError(
+                "study.name",
+                "a study of this name has another space, proxy, metric, data or rule version",
+                value=self.config.name,
+                allowed=f"a new name, or delete {journal.parent}",
+            )
+        return opened
+
+    # -- search -----------------------------------------------------------------------------------
+
+    def search(self, progress: Callable[[str, int, int], None]) -> None:
+        """Ask, train and tell until the total budget is spent."""
+        running = self._reconcile()
+        failures = 0
+        total = self.config.n_trials
+        held: dict[str, CellEnd] = {}
+        while True:
+            progress("search", min(len(self._complete()), total), total)
+            while self._may_ask(len(running)):
+                trial = self._ask()
+                running[self._submit(trial.number, trial.params)] = trial.number
+            if not running:
+                return
+            for event in self.trainer.ends(timeout_s=60.0):
+                if event.cell_id in running:
+                    held[event.cell_id] = event
+            # a batch is told as a whole and in order, so that what the sampler sees does not depend on who was faster
+            if self.config.batch_trials is not None and len(held) < len(running):
+                continue
+            for cell_id in sorted(held, key=running.__getitem__):
+                told = self._tell(running.pop(cell_id), held.pop(cell_id))
+                failures = 0 if told else failures + 1
+
+            if failures >= FAILURES_IN_A_ROW:
+                raise SuparError(
+                    f"study {self.config.name}: {failures} trials on end failed; the last error: "
+                    f"{self.study.get_trials(deepcopy=False)[-1].user_attrs.get('error', 'unknown')}"
+                )
+
+    def _complete(self) -> list[optuna.trial.FrozenTrial]:
+        from optuna.trial import TrialState
+
+        return self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+    def _may_ask(self, n_running: int) -> bool:
+        from optuna.trial import TrialState
+
+        if len(self._complete()) + n_running >= self.config.n_trials:
+            return False
+        batch = self.config.batch_trials
+        if batch is None:
+            return n_running < self.trainer.slots
+        asked = sum(trial.state != TrialState.WAITING for trial in self.study.get_trials(deepcopy=False))
+        return n_running == 0 or asked % batch != 0
+
+    def _ask(self) -> optuna.trial.Trial:
+        from optuna.distributions import FloatDistribution
+
+        asked = len(self.study.get_trials(deepcopy=False))
+        self.study.sampler = make_sampler(self.config.sampler, self.config.seed, asked)
+        return self.study.ask(
+            {
+                name: FloatDistribution(2**interval.low_log2, 2**interval.high_log2, log=True)
+                for name, interval in self.config.intervals().items()
+            }
+        )
+
+    def _submit(self, number: int, params: Mapping[str, float]) -> str:
+        return self.trainer.submit(self._cell(params))
+
+    def _cell(self, params: Mapping[str, float], seed: int | None = None) -> CellConfig:
+        return replace(
+            self.proxy,
+            hparams=replace(self.proxy.hparams, **params),
+            seed=self.proxy.seed if seed is None else seed,
+        )
+
+    def _reconcile(self) -> dict[str, int]:
+        """Submit again what a dead coordinator had asked for: the same numbers give the same cell, done or resumed."""
+        from optuna.trial import TrialState
+
+        running: dict[str, int] = {}
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if set(trial.params) == set(self.config.intervals()):
+                running[self._submit(trial.number, trial.params)] = trial.number
+            else:  # killed between ask and its numbers: nothing was trained
+                self.study.tell(trial.number, state=TrialState.FAIL)
+        return running
+
+    def _tell(self, number: int, event: CellEnd) -> bool:
+        """Tell one trial; return whether it gave a value."""
+        from optuna.trial import Trial, TrialState
+
+        trial = Trial(self.study, self.study.get_trials(deepcopy=False)[number]._trial_id)
+        trial.set_user_attr("cell_id", event.cell_id)
+        trial.set_user_attr("end", event.end)
+        value = self._value(event)
+        if value is None:
+            trial.set_user_attr("error", event.message)
+            self.study.tell(number, state=TrialState.FAIL)
+            return False
+        self.study.tell(number, value)
+        return True
+
+    def _value(self, event: CellEnd) -> float | None:
+        if event.end == "diverged":
+            return self.penalty
+        if event.end != "done" or event.result is None:
+            return None
+        return float(event.result["summary"][self.config.metric])
+
+    # -- confirmation -----------------------------------------------------------------------------
+
+    def confirm(self, progress: Callable[[str, int, int], None]) -> dict[int, list[float]]:
+        """Return the fresh-seed losses of the best trials by trial number: a winner picked on one seed flatters itself."""
+        ranked = sorted(self._complete(), key=lambda trial: (trial.value, trial.number))
+        if not ranked:
+            raise SuparError(f"study {self.config.name}: no trial gave a value")
+        top = _distinct(ranked)[: self.config.confirm_top_k]
+        if not top:
+            return {ranked[0].number: []}
+        waiting: dict[str, tuple[int, int]] = {}
+        for trial in top:
+            for position, seed in enumerate(self.config.confirm_seeds):
+                waiting[self.trainer.submit(self._cell(trial.params, seed))] = (
+                    trial.number,
+                    position,
+                )
+        total = len(waiting)
+        losses = {trial.number: [math.nan] * len(self.config.confirm_seeds) for trial in top}
+        while waiting:
+            progress("confirm", total - len(waiting), total)
+            for event in self.trainer.ends(timeout_s=60.0):
+                if event.cell_id in waiting:
+                    number, position = waiting.pop(event.cell_id)
+                    value = self._value(event)
+                    if value is None:
+                        raise SuparError(f"confirming trial {number} failed: {event.message}")
+                    losses[number][position] = value
+        progress("confirm", total, total)
+        return losses
+
+    def winner(self, losses: Mapping[int, list[float]], provenance: Mapping[str, Any]) -> Winner:
+        trials = {trial.number: trial for trial in self._complete()}
+
+        def score(number: int) -> tuple[float, int]:
+            values = losses[number] or [trials[number].value or 0.0]
+            return sum(values) / len(values), number
+
+        best = min(losses, key=score)
+        lineage = {
+            "study": self.config.name,
+            "study_hash": self.hash,
+            "trial": best,
+            "n_trials": len(trials),
+            "metric": self.config.metric,
+            "value": trials[best].value,
+            "confirmed": [
+                {"trial": number, "seeds": list(self.config.confirm_seeds), "values": values}
+                for number, values in sorted(losses.items(), key=lambda item: score(item[0]))
+                if values
+            ],
+            "space": encode(self.config.intervals()),
+            "sampler": {"name": self.config.sampler, "seed": self.config.seed},
+            "data": {"name": self.proxy.data.name, "fingerprint": self.fingerprint},
+            "rules_version": RULES_VERSION,
+            "proxy": encode(self.proxy),
+            **provenance,
+        }
+        return Winner(replace(self.proxy.hparams, **trials[best].params), lineage)
+
+
+def _distinct(ranked: Iterable[optuna.trial.FrozenTrial]) -> list[optuna.trial.FrozenTrial]:
+    """Return the trials without repeats of the same numbers, best first."""
+    seen: dict[str, optuna.trial.FrozenTrial] = {}
+    for trial in ranked:
+        seen.setdefault(json.dumps(trial.params, sort_keys=True), trial)
+    return list(seen.values())

@@ -1,0 +1,1 @@
+"""Training one cell: roles, model, optimizer, data, checkpoints, probes, the loop."""

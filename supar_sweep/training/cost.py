@@ -1,0 +1,111 @@
+"""What a cell costs, from its settings alone: parameters, FLOPs, memory. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from supar_sweep.config.schema import CellConfig
+from supar_sweep.sparse.density import live_counts
+
+BYTES = {"float32": 4, "bfloat16": 4, "float64": 8}
+"""Of a weight: bfloat16 is autocast's, so weights, gradients and moments stay float32."""
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Numbers of parameters.
+
+    Args:
+        total: all, dead ones included.
+        live: those that train.
+        sparse_total: of the layers that carry masks, all.
+        sparse_live: of these, the live ones.
+    """
+
+    total: int
+    live: int
+    sparse_total: int
+    sparse_live: int
+
+
+def sparse_shapes(cell: CellConfig) -> dict[str, tuple[int, int]]:
+    """Return layer -> (fan_out, fan_in) of the GPT's layers that carry masks."""
+    model = cell.model
+    inner = 2 * model.d_ffn if model.activation == "swiglu" else model.d_ffn
+    block = {
+        "attention.qkv": (3 * model.width, model.width),
+        "attention.out": (model.width, model.width),
+        "mlp.up": (inner, model.width),
+        "mlp.down": (model.width, model.d_ffn),
+    }
+    return {f"blocks.{index}.{name}": shape for index in range(model.n_layer) for name, shape in block.items()}
+
+
+def count_parameters(cell: CellConfig) -> ParameterCount:
+    """Return the parameters of the cell's GPT.
+
+    Raises:
+        ConfigError: a density that leaves a layer without a live weight.
+    """
+    model = cell.model
+    shapes = sparse_shapes(cell)
+    sparse_total = sum(rows * columns for rows, columns in shapes.values())
+    sparse_live = sum(live_counts(cell.layer_density, shapes, cell.density).values())
+    tables = 1 if model.tied_head else 2
+    dense = tables * cell.data.n_vocab * model.width
+    if model.position == "learned":
+        dense += model.context_tokens * model.width
+    dense += (2 * model.n_layer + 1) * model.width * (2 if model.bias else 1)
+    if model.bias:
+        dense += sum(rows for rows, _ in shapes.values())
+    return ParameterCount(dense + sparse_total, dense + sparse_live, sparse_total, sparse_live)
+
+
+def flops_per_token(cell: CellConfig, *, dense_compute: bool = False) -> int:
+    """Return the training FLOPs a token: forward and backward, multiply and add counted apart.
+
+        6 * (weights in matmuls) + 12 * n_layer * width * context_tokens
+
+    Weights in matmuls are the live hidden ones and the head's; the tables are looked up, not
+    multiplied. Norms, activations and the optimizer are left out, and attention is counted in
+    full, not halved for its causal mask, as is customary.
+
+    Args:
+        cell: the cell.
+        dense_compute: count dead weights too, as a dense matmul computes them.
+
+    Source: Chowdhery et al. 2022, PaLM (arXiv:2204.02311), appendix B: 6 N + 12 L H Q T.
+    """
+    model, count = cell.model, count_parameters(cell)
+    hidden = count.sparse_total if dense_compute else count.sparse_live
+    matmul = hidden + cell.data.n_vocab * model.width
+    return 6 * matmul + 12 * model.n_layer * model.width * model.context_tokens
+
+
+def flops_per_step(cell: CellConfig, *, dense_compute: bool = False) -> int:
+    """Return the training FLOPs an optimizer step: `flops_per_token` times batch_seqs *
+    context_tokens.
+    """
+    tokens = cell.train.batch_seqs * cell.model.context_tokens
+    return tokens * flops_per_token(cell, dense_compute=dense_compute)
+
+
+def memory_gb(cell: CellConfig) -> float:
+    """Return an estimate of the peak memory of training, in units of 1e9 bytes, without the
+    libraries' own.
+
+    Weights, gradients and the optimizer's moments (AdamW 2, SGD 1 or, without momentum, 0), a byte
+    a mask entry, and what the forward pass of one micro-batch keeps for the backward.
+
+    ASSUMPTION: a block keeps about 8 * width + 3 * (MLP inner width) numbers a token, and the loss
+    3 * vocabulary; measured values lie within a factor of 2 above a few MB.
+    """
+    model, count = cell.model, count_parameters(cell)
+    size = BYTES[cell.train.precision]
+    moments = 2 if cell.optimizer.name == "adamw" else int(bool(cell.optimizer.momentum))
+    state = size * count.total * (2 + moments)
+    masks = count.sparse_total if cell.density < 1 else 0
+    inner = 2 * model.d_ffn if model.activation == "swiglu" else model.d_ffn
+    per_token = model.n_layer * (8 * model.width + 3 * inner) + 3 * cell.data.n_vocab
+    micro_tokens = cell.train.batch_seqs // cell.train.accumulation_steps * model.context_tokens
+    return (state + masks + size * per_token * micro_tokens) / 1e9

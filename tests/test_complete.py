@@ -1,0 +1,500 @@
+"""`run` means make complete: with real worker processes, killed ones too. Made-up cells
+(fake_cells) but for the last tests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from supar_sweep.errors import BusyError, ConfigError, RecordError, SuparError
+from supar_sweep.sweep.complete import Summary, complete
+from supar_sweep.sweep.grid import GridPoint
+from supar_sweep.sweep.records import Attempt, read_json
+from supar_sweep.sweep.status import (
+    CellState,
+    cell_state,
+    first_errors,
+    folders,
+    rows,
+    states,
+    status_counts,
+)
+from supar_sweep.sweep.submission import Experiment, Plan, make_plan, provenance
+from supar_sweep.sweep.trainer import CellEnd, CellTrainer
+from supar_sweep.training.worker import RUN_CELL
+from tests import fake_cells
+from tests.test_launchers_local import alive, pool, wait_for
+from tests.tiny import tiny_cell, tiny_runtime
+
+
+def experiment(runs: Path, name: str = "test") -> Experiment:
+    return Experiment(runs, name)
+
+
+def plan_of(axes: Sequence[Mapping[str, Any]], name: str = "test") -> Plan:
+    points = [GridPoint(axes=each, cell=tiny_cell(**each)) for each in axes]
+    return make_plan(name, points, runtime=tiny_runtime(), fingerprint=lambda data: "data", provenance={"v": 1})
+
+
+def seeds(*values: int) -> Plan:
+    return plan_of([{"seed": value} for value in values])
+
+
+class Told:
+    """A Progress that remembers."""
+
+    def __init__(self) -> None:
+        self.counts: list[Mapping[str, int]] = []
+        self.etas: list[float | None] = []
+        self.messages: list[str] = []
+
+    def update(self, counts: Mapping[str, int], eta_s: float | None) -> None:
+        self.counts.append(counts)
+        self.etas.append(eta_s)
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+def run(runs: Path, plan: Plan, told: Told | None = None, **options: Any) -> Summary:
+    of_pool = {key: options.pop(key) for key in ("processes", "function") if key in options}
+    with pool(runs, **of_pool) as launcher:
+        return complete(experiment(runs), plan, launcher, progress=told, **options)
+
+
+def curves(runs: Path, plan: Plan) -> dict[str, list[dict[str, Any]]]:
+    cells = folders(experiment(runs).store, plan)
+    return {this: folder.metrics() for this, folder in cells.items()}
+
+
+# -- a grid that goes well -------------------------------------------------------------------------
+
+
+def test_a_grid_is_completed_and_then_there_is_nothing_to_do(runs_dir: Path) -> None:
+    plan, told = seeds(0, 1, 2, fake_cells.DIVERGES), Told()
+    summary = run(runs_dir, plan, told)
+    assert summary.complete
+    assert dict(summary.counts) == {"n": 4, "done": 3, "diverged": 1}
+    assert (summary.skipped, summary.held, summary.troubles) == (0, 0, ())
+    assert told.counts[0] == {"n": 4, "pending": 4}
+    assert told.counts[-1] == summary.counts
+    assert told.etas[0] is None
+    assert told.etas[-1] == 0
+    before = {p: p.stat().st_mtime_ns for p in (runs_dir / "cells").rglob("*")}
+    again = run(runs_dir, plan)
+    assert (again.complete, again.skipped) == (True, 4)
+    assert {p: p.stat().st_mtime_ns for p in (runs_dir / "cells").rglob("*")} == before
+
+
+def test_points_that_train_the_same_way_share_a_cell_and_have_a_row_each(runs_dir: Path) -> None:
+    plan = plan_of(
+        [{"parameterization": rule, "density": density} for rule in ("sp", "mup", "supar") for density in (1.0, 0.5)]
+    )
+    assert (len(plan.points), len(plan.cells)) == (6, 5)
+    summary = run(runs_dir, plan)
+    assert summary.counts["n"] == 5
+    table = rows(experiment(runs_dir), plan)
+    assert [(row["parameterization"], row["density"]) for row in table] == [
+        (point["parameterization"], point["density"]) for point in plan.points
+    ]
+    dense = [row for row in table if row["density"] == 1 and row["parameterization"] != "sp"]
+    assert dense[0]["cell_id"] == dense[1]["cell_id"]
+    assert {row["end"] for row in table} == {"done"}
+    final = fake_cells.loss(tiny_cell(), fake_cells.STEPS)
+    first = table[0]
+    assert (first["train_loss"], first["val_loss"], first["last_finite_loss"]) == (
+        final,
+        final + 1,
+        final,
+    )
+    assert (first["width"], first["n_layer"], first["lr"], first["seed"]) == (32, 2, 0.01, 0)
+
+
+def test_the_dear_cells_go_first(runs_dir: Path) -> None:
+    plan = plan_of([{"model.width": width} for width in (32, 128, 64)])
+    run(runs_dir, plan, processes=1, cost=lambda planned: planned.cell["model"]["width"])
+    started = {
+        point["width"]: read_json(folder.attempts()[0] / "attempt.json")
+        for point, folder in zip(plan.points, folders(experiment(runs_dir).store, plan).values(), strict=True)
+    }
+    assert sorted(started, key=lambda width: (started[width] or {})["started_s"]) == [128, 64, 32]
+
+
+def test_the_plan_is_frozen_and_read_back(runs_dir: Path) -> None:
+    plan = seeds(3, 1, 2)
+    run(runs_dir, plan)
+    read = experiment(runs_dir).plan()
+    assert read == plan
+    assert list(read.cells) == list(plan.cells)  # in the grid's order, not in that of the ids
+    result = folders(experiment(runs_dir).store, read)[read.points[0]["cell_id"]].result()
+    assert result is not None
+    assert result["provenance"] == {"v": 1}
+
+
+def test_provenance_names_the_code(tmp_path: Path) -> None:
+    here = provenance(Path(fake_cells.__file__).parent, {"torch": "2"})
+    assert here["versions"] == {"torch": "2"}
+    assert here["argv"] == sys.argv
+    assert provenance(tmp_path, {})["git_sha"] is None
+    repository = tmp_path / "code"
+    repository.mkdir()
+    git = ["git", "-C", str(repository), "-c", "user.name=a", "-c", "user.email=a@b"]
+    (repository / "a.py").write_text("1")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *command], check=True)
+    clean = provenance(repository, {})
+    assert len(clean["git_sha"]) == 40
+    assert clean["git_dirty"] is None
+    (repository / "a.py").write_text("2")
+    dirty = provenance(repository, {})
+    assert dirty["git_sha"] == clean["git_sha"]
+    assert dirty["git_dirty"] is not None
+
+
+# -- cells that go wrong ---------------------------------------------------------------------------
+
+
+def test_a_killed_worker_costs_a_retry_and_the_curve_is_whole(runs_dir: Path) -> None:
+    plan, told = seeds(0, fake_cells.DIES_ONCE, 1), Told()
+    summary = run(runs_dir, plan, told)
+    assert summary.complete
+    assert any("signal 9" in text and "try 2 of 3" in text for text in told.messages)
+    this = plan.points[1]["cell_id"]
+    cell = tiny_cell(seed=fake_cells.DIES_ONCE)
+    assert curves(runs_dir, plan)[this] == [
+        {"step": step, "loss": fake_cells.loss(cell, step)} for step in range(1, fake_cells.STEPS + 1)
+    ]
+    assert len(folders(experiment(runs_dir).store, plan)[this].attempts()) == 2
+
+
+def test_bad_cells_are_reported_and_the_others_complete(runs_dir: Path) -> None:
+    plan = seeds(0, fake_cells.RAISES, fake_cells.EXIT, 1, 2, fake_cells.SAYS_DONE)
+    summary = run(runs_dir, plan, retries=1)
+    assert not summary.complete
+    assert dict(summary.counts) == {"n": 6, "done": 3, "failed": 3}
+    (trouble,) = summary.troubles
+    assert (trouble.end, trouble.n) == ("failed", 3)
+    attempts = {
+        point["seed"]: len(folder.attempts())
+        for point, folder in zip(plan.points, folders(experiment(runs_dir).store, plan).values(), strict=True)
+    }
+    # a failure is tried once by each call; a death again within it
+    assert attempts[fake_cells.RAISES] == 1
+    assert attempts[fake_cells.EXIT] == 2
+    found = states(experiment(runs_dir), plan)
+    (count,) = status_counts(plan, found)
+    assert (count["n"], count["done"], count["failed"], count["missing"]) == (6, 3, 2, 1)
+    by_seed = {row["seed"]: row for row in status_counts(plan, found, by=["seed"])}
+    assert by_seed[0]["done"] == by_seed[fake_cells.RAISES]["failed"] == 1
+    (error,) = first_errors(plan, found)
+    assert (error["state"], error["n"]) == ("failed", 2)
+    assert "RuntimeError: no luck" in error["message"]
+    assert error["log"].endswith("log.txt")
+    again = run(runs_dir, plan, retries=0)
+    assert (again.skipped, again.counts["failed"]) == (3, 3)
+
+
+def test_when_the_first_fail_alike_the_rest_is_held_and_said_once(runs_dir: Path) -> None:
+    plan = plan_of([{"seed": fake_cells.RAISES, "hparams.lr": 0.01 * (n + 1)} for n in range(12)])
+    told = Told()
+    summary = run(runs_dir, plan, told, alike=3, processes=1)
+    assert summary.held == 9
+    assert summary.counts["failed"] == 3
+    assert summary.counts["missing"] == 9
+    (text,) = told.messages
+    assert "first 3 cells all failed alike" in text
+    assert "RuntimeError: no luck" in text
+    assert "log.txt" in text
+
+
+def test_a_few_bad_cells_among_good_ones_hold_nothing(runs_dir: Path) -> None:
+    bad = [{"seed": fake_cells.RAISES, "hparams.lr": 0.01 * (n + 1)} for n in range(4)]
+    plan = plan_of([bad[0], {"seed": 0}, *bad[1:], {"seed": 1}])
+    summary = run(runs_dir, plan, alike=3, processes=1)
+    assert summary.held == 0
+    assert (summary.counts["done"], summary.counts["failed"]) == (2, 4)
+
+
+# -- records that went wrong -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", ["", '{"end": "do', "[]"])
+def test_a_torn_record_is_set_aside_and_trained_again(runs_dir: Path, content: str) -> None:
+    plan, told = seeds(0, 1), Told()
+    run(runs_dir, plan)
+    torn = folders(experiment(runs_dir).store, plan)[plan.points[0]["cell_id"]]
+    (torn.path / "result.json").write_text(content)
+    found = states(experiment(runs_dir), plan)
+    assert sorted(state.state for state in found.values()) == ["corrupt", "done"]
+    assert [row["end"] for row in rows(experiment(runs_dir), plan)] == ["corrupt", "done"]
+    summary = run(runs_dir, plan, told)
+    assert (summary.complete, summary.skipped) == (True, 1)
+    assert "1 cell had a torn record, which is set aside" in told.messages[0]
+    assert (torn.path / "result.json.corrupt").read_text() == content
+
+
+def test_a_torn_plan_is_written_anew(runs_dir: Path) -> None:
+    plan = seeds(0)
+    run(runs_dir, plan)
+    path = experiment(runs_dir).folder / "plan.json"
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(RecordError, match=r"plan\.json is torn"):
+        experiment(runs_dir).plan()
+    run(runs_dir, plan)
+    assert experiment(runs_dir).plan() == plan
+
+
+def test_a_runs_folder_that_cannot_be_is_an_error_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(RecordError, match=r"cannot write .*(Not a directory|exists)"):
+        run(tmp_path / "runs", seeds(0))
+
+
+def test_an_unknown_experiment_names_those_that_are_there(runs_dir: Path) -> None:
+    run(runs_dir, seeds(0))
+    with pytest.raises(ConfigError, match="did you mean 'test'"):
+        experiment(runs_dir, "tset").plan()
+    for name in ("", "a/b", "../x", ".hidden"):
+        with pytest.raises(ConfigError, match=r"experiment\.name"):
+            experiment(runs_dir, name)
+
+
+# -- others at work --------------------------------------------------------------------------------
+
+RUN = """
+import sys, pathlib
+from tests.test_complete import run, seeds, Told
+told = Told()
+summary = run(pathlib.Path(sys.argv[1]), seeds(*map(int, sys.argv[2:])), told)
+print(dict(summary.counts), summary.interrupted, told.messages, flush=True)
+"""
+
+
+def start(runs: Path, *values: int, **options: Any) -> subprocess.Popen[str]:
+    """A `run` of a grid in a process group of its own, at work on its first, slow cell when this
+    returns.
+    """
+    command = [sys.executable, "-c", RUN, str(runs), *map(str, values)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True, **options)
+    wait_for(lambda: list((runs / "cells").glob("*/*/checkpoints/last.json")))
+    return process
+
+
+def worker_pids(runs: Path) -> list[int]:
+    infos = (json.loads(p.read_text()) for p in runs.glob("cells/*/*/attempts/*/attempt.json"))
+    return [info["pid"] for info in infos]
+
+
+def test_two_runs_of_one_experiment_at_once(runs_dir: Path) -> None:
+    plan = seeds(fake_cells.SLOW, 0)
+    with start(runs_dir, fake_cells.SLOW, 0) as first:
+        with pytest.raises(BusyError, match=f"experiment test is held .* pid {first.pid} on"):
+            run(runs_dir, plan)
+        runner = experiment(runs_dir).runner()
+        assert runner is not None
+        assert runner.pid == first.pid
+        assert {state.state for state in states(experiment(runs_dir), plan).values()} <= {
+            *("running", "pending", "done")
+        }
+        out, _ = first.communicate()
+    assert "'done': 2" in out
+    assert experiment(runs_dir).runner() is None
+
+
+def test_a_cell_shared_with_another_experiment_is_waited_for(runs_dir: Path) -> None:
+    told = Told()
+    with start(runs_dir, fake_cells.SLOW) as first, pool(runs_dir) as launcher:
+        summary = complete(experiment(runs_dir, "other"), seeds(fake_cells.SLOW, 0), launcher, progress=told)
+        first.communicate()
+    assert summary.complete
+    assert "1 cell being trained by another process" in told.messages[0]
+    assert len(list(runs_dir.glob("cells/*/*/attempts/*"))) == 2
+
+
+def test_a_cell_left_by_another_process_is_taken_up(runs_dir: Path) -> None:
+    plan = seeds(fake_cells.SLOW, 0)
+    with start(runs_dir, fake_cells.SLOW) as first, pool(runs_dir) as launcher:
+        told = Told()
+        os.kill(first.pid, signal.SIGINT)
+        summary = complete(experiment(runs_dir, "other"), plan, launcher, progress=told)
+        first.communicate()
+    assert summary.complete
+
+
+def assert_undisturbed(runs: Path, plan: Plan, tmp_path: Path) -> None:
+    assert run(runs, plan).complete
+    assert run(tmp_path / "calm", plan).complete
+    assert curves(runs, plan) == curves(tmp_path / "calm", plan)
+
+
+def test_a_killed_run_leaves_no_worker_and_the_next_completes_it(runs_dir: Path, tmp_path: Path) -> None:
+    grid = (fake_cells.SLOW, 0, 1, 2)
+    process = start(runs_dir, *grid)
+    process.kill()
+    process.communicate()
+    wait_for(lambda: not any(map(alive, worker_pids(runs_dir))))
+    slow = folders(experiment(runs_dir).store, seeds(*grid))[seeds(*grid).points[0]["cell_id"]]
+    assert cell_state(slow).state == "cancelled"
+    assert_undisturbed(runs_dir, seeds(*grid), tmp_path)
+    assert len(slow.attempts()) == 2
+
+
+def test_ctrl_c_stops_cleanly_and_the_next_completes_it(runs_dir: Path, tmp_path: Path) -> None:
+    grid = (fake_cells.SLOW, 0, 1, 2)
+    process = start(runs_dir, *grid)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the workers, too
+    out, _ = process.communicate()
+    assert process.returncode == 0
+    assert "'cancelled': " in out
+    assert "True ['stopping" in out
+    assert not any(map(alive, worker_pids(runs_dir)))
+    assert_undisturbed(runs_dir, seeds(*grid), tmp_path)
+
+
+def test_a_second_ctrl_c_kills(runs_dir: Path) -> None:
+    process = start(runs_dir, fake_cells.SLOW)
+    (worker,) = worker_pids(runs_dir)
+    os.kill(worker, signal.SIGSTOP)  # a cell that does not come to its next step
+    os.killpg(process.pid, signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    os.killpg(process.pid, signal.SIGINT)
+    out, _ = process.communicate()
+    assert process.returncode == 0
+    assert "True ['stopping" in out
+    assert not alive(worker)
+
+
+def test_cancel_reaches_the_run_even_where_sigint_is_ignored(runs_dir: Path) -> None:
+    # a script's background job starts with SIGINT ignored
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process = start(runs_dir, fake_cells.SLOW, 0)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert experiment(runs_dir).cancel().pid == process.pid
+    out, _ = process.communicate()
+    assert "True ['stopping" in out
+    with pytest.raises(SuparError, match="experiment test is not running"):
+        experiment(runs_dir).cancel()
+
+
+def test_cancel_says_where_a_run_on_another_machine_is(runs_dir: Path) -> None:
+    with experiment(runs_dir).hold() as lock:
+        lock.truncate(0)
+        lock.write(json.dumps({"pid": 1, "host": "node7", "since_s": 0.0}))
+        lock.flush()
+        with pytest.raises(SuparError, match=r"pid 1 on node7, .*cancel it there"):
+            experiment(runs_dir).cancel()
+
+
+# -- one by one, for the tuner ---------------------------------------------------------------------
+
+
+def trainer(runs: Path, launcher: Any) -> CellTrainer:
+    return CellTrainer(experiment(runs).store, launcher, tiny_runtime(), fingerprint="data", provenance={})
+
+
+def test_the_trainer_tells_each_end_once_with_its_result(runs_dir: Path) -> None:
+    values = (0, fake_cells.DIVERGES, fake_cells.RAISES, fake_cells.DIES_ONCE)
+    with pool(runs_dir) as launcher:
+        training = trainer(runs_dir, launcher)
+        ids = {training.submit(tiny_cell(seed=seed)): seed for seed in values}
+        ends: dict[int, CellEnd] = {}
+        while len(ends) < len(ids):
+            ends |= {ids[each.cell_id]: each for each in training.ends(30)}
+        assert training.ends(30) == []
+        # asked again: told at once where it is complete, whatever the launcher does
+        again = training.submit(tiny_cell(seed=0))
+        (end,) = training.ends(0)
+    assert {seed: each.end for seed, each in ends.items()} == {
+        0: "done",
+        fake_cells.DIVERGES: "diverged",
+        fake_cells.RAISES: "failed",
+        fake_cells.DIES_ONCE: "done",
+    }
+    assert ends[fake_cells.RAISES].result is None
+    assert end.cell_id == again == ends[0].cell_id
+    assert end.result == ends[0].result
+    assert end.result is not None
+
+
+def test_the_trainer_waits_for_a_cell_that_another_process_trains(runs_dir: Path) -> None:
+    with pool(runs_dir) as launcher:
+        training = trainer(runs_dir, launcher)
+        folder = experiment(runs_dir).store.folder(plan_of([{"seed": 5}]).points[0]["cell_id"], "elsewhere")
+        with Attempt(folder, {}, {}) as attempt:
+            training.submit(tiny_cell(seed=5))
+            assert training.ends(1.0) == []
+            attempt.begin(0)
+            attempt.publish({"end": "done", "summary": {}}, keep_checkpoints=False)
+        (end,) = training.ends(30)
+    assert end.end == "done"
+
+
+# -- status ----------------------------------------------------------------------------------------
+
+
+def test_status_of_a_large_grid(runs_dir: Path) -> None:
+    base = tiny_cell()
+    points = [GridPoint(axes={"seed": seed}, cell=replace(base, seed=seed)) for seed in range(2000)]
+    plan = make_plan("test", points, runtime=tiny_runtime(), fingerprint=lambda data: "data", provenance={})
+    experiment(runs_dir).write(plan)
+    read = experiment(runs_dir).plan()
+    found = states(experiment(runs_dir), read)
+    assert status_counts(read, found)[0]["missing"] == 2000
+    with experiment(runs_dir).hold():
+        found = states(experiment(runs_dir), read)
+    assert set(found.values()) == {CellState("pending")}
+
+
+# -- the real thing --------------------------------------------------------------------------------
+
+REAL = """
+import sys, pathlib
+from tests.test_complete import real_run
+real_run(pathlib.Path(sys.argv[1]))
+"""
+
+
+def real_plan(runs: Path) -> Plan:
+    from supar_sweep.training.corpus import fingerprint
+
+    text = runs.parent / "text.txt"
+    data = {"name": "text", "val_fraction": 0.1, "paths": [str(text)]}
+    points = [
+        GridPoint(axes={"seed": seed}, cell=tiny_cell(data=data, seed=seed, **{"train.steps": 150})) for seed in (0, 1)
+    ]
+    runtime = tiny_runtime(checkpoint_every_steps=10)
+    return make_plan("test", points, runtime=runtime, fingerprint=fingerprint, provenance={})
+
+
+def real_run(runs: Path) -> Summary:
+    return run(runs, real_plan(runs), processes=1, function=RUN_CELL)
+
+
+def test_a_real_grid_whose_run_is_killed_ends_with_the_curves_of_a_calm_one(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(Path(fake_cells.__file__).read_text() * 20)
+    disturbed, calm = tmp_path / "disturbed", tmp_path / "calm"
+    process = subprocess.Popen([sys.executable, "-c", REAL, str(disturbed)])
+    wait_for(lambda: list(disturbed.glob("cells/*/*/checkpoints/step-*")))
+    process.kill()
+    process.wait()
+    wait_for(lambda: not any(map(alive, worker_pids(disturbed))))
+    for runs in (disturbed, calm):
+        assert real_run(runs).complete
+    plan = real_plan(calm)
+    assert len(list(disturbed.glob("cells/*/*/attempts/*"))) == 3
+    assert curves(disturbed, plan) == curves(calm, plan)
+    losses = [{**row, "cell_id": ""} for row in rows(experiment(disturbed), plan)]
+    assert losses == [{**row, "cell_id": ""} for row in rows(experiment(calm), plan)]

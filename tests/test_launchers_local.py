@@ -1,0 +1,221 @@
+"""The process pool, with real processes that are really killed. The cells are made up (fake_cells),
+so no torch is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launchers.local import LocalLauncher
+from launchers.protocol import Event, Launcher, folder_of
+from supar_sweep.sweep.jobs import make_job
+from supar_sweep.sweep.records import Store
+from supar_sweep.sweep.status import cell_state
+from tests import fake_cells
+from tests.tiny import tiny_cell, tiny_runtime
+
+
+def pool(runs: Path, processes: int = 2, **options: Any) -> LocalLauncher:
+    options = {"function": fake_cells.RUN, **options}
+    return LocalLauncher(processes=processes, threads=1, log_folder=runs / "logs", **options)
+
+
+def job_of(runs: Path, seed: int) -> dict[str, Any]:
+    return make_job(Store(runs / "cells"), tiny_cell(seed=seed), tiny_runtime(), "data", {})
+
+
+def through(launcher: Launcher, jobs: list[dict[str, Any]]) -> dict[str, Event]:
+    for job in jobs:
+        launcher.submit(job)
+    ends: dict[str, Event] = {}
+    while len(ends) < len(jobs):
+        for event in launcher.events(30):
+            assert event.cell_id not in ends, "one event a job"
+            ends[event.cell_id] = event
+    return ends
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline_s = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"  # nobody collects orphans in a container without an init
+
+
+def test_jobs_are_done_in_persistent_workers(runs_dir: Path) -> None:
+    jobs = [job_of(runs_dir, seed) for seed in range(6)]
+    with pool(runs_dir) as launcher:
+        ends = through(launcher, jobs)
+        assert launcher.events(0) == []
+    assert {event.end for event in ends.values()} == {"done"}
+    pids = set()
+    for job in jobs:
+        result = folder_of(job).result()
+        assert result is not None
+        assert result["summary"]["train_loss"] == fake_cells.loss(tiny_cell(seed=result_seed(job)), fake_cells.STEPS)
+        pids.add(result["pid"])
+    assert len(pids) == 2
+    assert os.getpid() not in pids
+    assert not any(map(alive, pids))
+    assert list((runs_dir / "logs").iterdir()) == []  # nothing was printed
+
+
+def result_seed(job: dict[str, Any]) -> int:
+    seed: int = job["cell"]["seed"]
+    return seed
+
+
+@pytest.mark.parametrize(
+    ("seed", "end", "died", "message"),
+    [
+        (fake_cells.EXIT, "failed", True, "exit code 3; its last words: leaving without a word"),
+        (fake_cells.KILLED, "failed", True, "killed by signal 9 SIGKILL (out of memory?)"),
+        (fake_cells.SEGFAULTS, "failed", True, "killed by signal 11 SIGSEGV"),
+        (fake_cells.RAISES, "failed", False, "RuntimeError: no luck"),
+        (fake_cells.DIVERGES, "diverged", False, ""),
+    ],
+)
+def test_one_cells_end_is_typed_and_changes_no_others(
+    runs_dir: Path, seed: int, end: str, died: bool, message: str
+) -> None:
+    bad, *good = jobs = [job_of(runs_dir, s) for s in (seed, 0, 1, 2)]
+    with pool(runs_dir, processes=1) as launcher:
+        ends = through(launcher, jobs)
+    assert (ends[bad["cell_id"]].end, ends[bad["cell_id"]].died) == (end, died)
+    assert message in ends[bad["cell_id"]].message
+    state = cell_state(folder_of(bad))
+    assert state.state == end
+    assert message in state.message
+    for job in good:
+        assert ends[job["cell_id"]].end == "done"
+
+
+def test_a_function_that_cannot_be_found_fails_each_job_with_the_reason(runs_dir: Path) -> None:
+    with pool(runs_dir, processes=1, function="tests.fake_cells:missing") as launcher:
+        ends = through(launcher, [job_of(runs_dir, seed) for seed in (0, 1)])
+    assert [event.died for event in ends.values()] == [True, True]
+    assert all("has no attribute 'missing'" in event.message for event in ends.values())
+
+
+def test_each_worker_has_its_threads_and_sleeps_when_idle(runs_dir: Path) -> None:
+    with LocalLauncher(
+        processes=1,
+        threads=3,
+        log_folder=runs_dir / "logs",
+        function="tests.test_launchers_local:tell",
+    ) as launcher:
+        launcher.submit(job_of(runs_dir, 0))
+        (event,) = launcher.events(30)
+    told = json.loads((runs_dir / "told").read_text())
+    assert event.end == "done"
+    assert {told[name] for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")} == {"3"}
+    assert told["OMP_WAIT_POLICY"] == "PASSIVE"
+
+
+def tell(job: dict[str, Any], *, should_stop: object) -> str:
+    """What a worker is told of its environment."""
+    (Path(job["store"]).parent / "told").write_text(json.dumps(dict(os.environ)))
+    return "done"
+
+
+def test_as_many_workers_as_cores_unless_told(runs_dir: Path) -> None:
+    cores = len(os.sched_getaffinity(0))
+    for threads in (1, cores, 10 * cores):
+        made = LocalLauncher(processes=None, threads=threads, log_folder=runs_dir)
+        assert made.slots == max(1, cores // threads)
+        made.close()
+
+
+def test_cancel_saves_what_runs_and_drops_what_waits(runs_dir: Path) -> None:
+    slow, waiting = job_of(runs_dir, fake_cells.SLOW), job_of(runs_dir, 1)
+    with pool(runs_dir, processes=1) as launcher:
+        launcher.submit(slow)
+        launcher.submit(waiting)
+        checkpoint = folder_of(slow).path / "checkpoints" / "last.json"
+        wait_for(checkpoint.exists)
+        launcher.cancel()
+        ends = {event.cell_id: event for event in launcher.events(30)}
+        while len(ends) < 2:
+            ends |= {event.cell_id: event for event in launcher.events(30)}
+    assert {event.end for event in ends.values()} == {"cancelled"}
+    assert cell_state(folder_of(slow)).state == "cancelled"
+    assert checkpoint.exists()
+    assert not folder_of(waiting).path.exists()
+
+
+def test_cancel_now_kills(runs_dir: Path) -> None:
+    slow = job_of(runs_dir, fake_cells.SLOW)
+    with pool(runs_dir, processes=1) as launcher:
+        launcher.submit(slow)
+        wait_for((folder_of(slow).path / "checkpoints" / "last.json").exists)
+        launcher.cancel(now=True)
+        (event,) = launcher.events(30)
+    assert event.end == "cancelled"
+    assert "signal 9" in event.message
+    assert "signal 9" in cell_state(folder_of(slow)).message
+
+
+def test_a_worker_asked_to_leave_saves_and_the_pool_goes_on(runs_dir: Path) -> None:
+    slow, next_one = job_of(runs_dir, fake_cells.SLOW), job_of(runs_dir, 1)
+    with pool(runs_dir, processes=1) as launcher:
+        launcher.submit(slow)
+        wait_for((folder_of(slow).path / "checkpoints" / "last.json").exists)
+        info = json.loads((folder_of(slow).attempts()[0] / "attempt.json").read_text())
+        os.kill(info["pid"], signal.SIGINT)  # the terminal's, not its own
+        os.kill(info["pid"], signal.SIGTERM)
+        (event,) = launcher.events(30)
+        assert (event.end, event.died) == ("cancelled", False)
+        wait_for(lambda: not alive(info["pid"]))
+        ends = through(launcher, [next_one])
+    # a job given to it before its leave was noticed died with it: the coordinator's to try again
+    assert ends[next_one["cell_id"]].end in ("done", "failed")
+
+
+PARENT = """
+import sys, pathlib
+from tests.test_launchers_local import pool, job_of, fake_cells
+runs = pathlib.Path(sys.argv[1])
+launcher = pool(runs)
+for seed in (fake_cells.SLOW, 1, 2):
+    launcher.submit(job_of(runs, seed))
+while True:
+    launcher.events(1)
+"""
+
+
+def test_workers_save_and_leave_when_the_parent_is_killed(runs_dir: Path) -> None:
+    slow = folder_of(job_of(runs_dir, fake_cells.SLOW))
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(runs_dir)])
+    wait_for((slow.path / "checkpoints" / "last.json").exists)
+    info = json.loads((slow.attempts()[0] / "attempt.json").read_text())
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: not alive(info["pid"]))
+    assert cell_state(slow).state == "cancelled"
+    assert (slow.path / "checkpoints" / "last.json").exists()
+
+
+def test_nothing_is_printed_on_this_terminal(runs_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pool(runs_dir, processes=1) as launcher:
+        through(launcher, [job_of(runs_dir, fake_cells.EXIT)])
+    assert capfd.readouterr() == ("", "")
+    (log,) = (runs_dir / "logs").iterdir()
+    assert log.read_text() == "leaving without a word\n"
