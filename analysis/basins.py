@@ -136,9 +136,7 @@ def lr_basins(
     names = {"x": x, "hue": hue, "col": col}
     for key, name in names.items():
         if name not in table.columns or name not in AXES:
-            raise ConfigError(
-                f"plot.{key}", "no such axis", value=name, allowed=AXES, nearest_to=name
-            )
+            raise ConfigError(f"plot.{key}", "no such axis", value=name, allowed=AXES, nearest_to=name)
     if len(set(names.values())) < len(names):
         raise ConfigError("plot", f"x, hue and col must differ, got {x}, {hue}, {col}")
     if metric not in METRICS:
@@ -152,13 +150,9 @@ def lr_basins(
             wanted = _rounded(reference)
         else:
             wanted = 1.0 if hue == "density" else min(hues)
-        points = [
-            _points(rows[rows[hue].map(_rounded) == each], x, hue, col, metric) for each in hues
-        ]
+        points = [_points(rows[rows[hue].map(_rounded) == each], x, hue, col, metric) for each in hues]
         fits = fit_panel([_observed(line) for line in points], confidence)
-        lines = tuple(
-            Line(each, line, fit) for each, line, fit in zip(hues, points, fits, strict=True)
-        )
+        lines = tuple(Line(each, line, fit) for each, line, fit in zip(hues, points, fits, strict=True))
         panels.append(Panel(str(value), lines, wanted if wanted in hues else None))
     others = [axis for axis in AXES if axis not in names.values()]
     single = {axis: kept[axis].iloc[0] for axis in others if kept[axis].nunique() == 1}
@@ -200,9 +194,7 @@ def _points(rows: pd.DataFrame, x: str, hue: str, col: str, metric: str) -> tupl
         runs = group.drop_duplicates(["cell_id", "seed"]) if "cell_id" in group else group
         if runs["seed"].duplicated().any():
             twice = sorted(set(runs.loc[runs["seed"].duplicated(), "seed"].tolist()))
-            raise ConfigError(
-                "seed", f"two different cells of one seed at {x}={2.0**log2_x:g}", value=twice
-            )
+            raise ConfigError("seed", f"two different cells of one seed at {x}={2.0**log2_x:g}", value=twice)
         known = runs[metric].notna() & np.isfinite(runs[metric])
         good = runs[(runs["kind"] == DONE) & known].sort_values("seed")
         points.append(
@@ -211,9 +203,7 @@ def _points(rows: pd.DataFrame, x: str, hue: str, col: str, metric: str) -> tupl
                 seeds=tuple(int(seed) for seed in good["seed"]),
                 losses=tuple(float(loss) for loss in good[metric]),
                 n_diverged=int((runs["kind"] == DIVERGED).sum()),
-                n_missing=int(
-                    ((runs["kind"] == MISSING) | ((runs["kind"] == DONE) & ~known)).sum()
-                ),
+                n_missing=int(((runs["kind"] == MISSING) | ((runs["kind"] == DONE) & ~known)).sum()),
             )
         )
     return tuple(points)
@@ -221,8 +211,7 @@ def _points(rows: pd.DataFrame, x: str, hue: str, col: str, metric: str) -> tupl
 
 def _observed(points: tuple[Point, ...]) -> list[Observed]:
     return [
-        Observed(point.log2_x, dict(zip(point.seeds, point.losses, strict=True)), point.n_diverged)
-        for point in points
+        Observed(point.log2_x, dict(zip(point.seeds, point.losses, strict=True)), point.n_diverged) for point in points
     ]
 
 
@@ -246,8 +235,7 @@ def data_rows(basins: BasinSet) -> list[dict[str, Any]]:
                         "n_diverged": point.n_diverged,
                         "n_missing": point.n_missing,
                         "by_seed": " ".join(
-                            f"{seed}:{loss!r}"
-                            for seed, loss in zip(point.seeds, point.losses, strict=True)
+                            f"{seed}:{loss!r}" for seed, loss in zip(point.seeds, point.losses, strict=True)
                         ),
                         "optimum_status": best.status,
                         "optimum_log2": best.x,

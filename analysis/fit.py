@@ -168,9 +168,7 @@ def fit_panel(lines: Sequence[Sequence[Observed]], confidence: float = 0.95) -> 
     """
     starts = [_start(line) for line in lines]
     usable = [
-        index
-        for index, start in enumerate(starts)
-        if isinstance(start, _Start) and len(start.window.x) >= MIN_POINTS
+        index for index, start in enumerate(starts) if isinstance(start, _Start) and len(start.window.x) >= MIN_POINTS
     ]
     windows = [start.window for start in starts if isinstance(start, _Start)]
     windows = [window for window in windows if len(window.x) >= MIN_POINTS]
@@ -244,11 +242,7 @@ def _start(line: Sequence[Observed]) -> _Start | Optimum:
 
 
 def _samples(points: Sequence[Observed]) -> Samples:
-    runs = [
-        (index, seed, loss)
-        for index, point in enumerate(points)
-        for seed, loss in sorted(point.losses.items())
-    ]
+    runs = [(index, seed, loss) for index, point in enumerate(points) for seed, loss in sorted(point.losses.items())]
     return Samples(
         np.array([point.x for point in points], dtype=float),
         np.array([run[0] for run in runs], dtype=np.int64),
@@ -293,9 +287,7 @@ def _theta(curve: Curve) -> Array:
     return np.linspace(low, high, round((high - low) * _STEPS_PER_OCTAVE) + 1)
 
 
-def _interval(
-    grid: Array, mean: Array, sd: Array, found: float, t: float | None
-) -> tuple[Interval | None, str]:
+def _interval(grid: Array, mean: Array, sd: Array, found: float, t: float | None) -> tuple[Interval | None, str]:
     """Return Fieller's set around `found`: where |slope| <= t sd; an end may be infinite."""
     if t is None:
         return None, "the noise cannot be estimated from one seed and so few points"

@@ -61,17 +61,13 @@ def where(table: pd.DataFrame, fixed: Mapping[str, Any]) -> pd.DataFrame:
     kept = table
     for name, value in fixed.items():
         if name not in table.columns:
-            raise ConfigError(
-                f"where.{name}", "no such column", allowed=sorted(table.columns), nearest_to=name
-            )
+            raise ConfigError(f"where.{name}", "no such column", allowed=sorted(table.columns), nearest_to=name)
         column = table[name]
         if isinstance(value, float):
             mask = np.isclose(column.to_numpy(dtype=float), value, rtol=1e-9, atol=0.0)
         else:
             mask = (column == value).to_numpy()
         if not mask.any():
-            raise ConfigError(
-                f"where.{name}", "no row has it", value=value, allowed=sorted(map(str, set(column)))
-            )
+            raise ConfigError(f"where.{name}", "no row has it", value=value, allowed=sorted(map(str, set(column))))
         kept = kept[mask[table.index.get_indexer(kept.index)]]
     return kept

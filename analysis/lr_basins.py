@@ -25,9 +25,7 @@ def draw(basins: BasinSet) -> Figure:
     """Return the figure: panels side by side that share both axes, one legend below."""
     with style.look():
         n = len(basins.panels)
-        drawn = style.figure(
-            max(style.COLUMN_IN * 0.9 * n, style.COLUMN_IN * 1.3), _PANEL_HEIGHT_IN + 1.0
-        )
+        drawn = style.figure(max(style.COLUMN_IN * 0.9 * n, style.COLUMN_IN * 1.3), _PANEL_HEIGHT_IN + 1.0)
         grid = drawn.subplots(1, n, sharex=True, sharey=True, squeeze=False)[0]
         low, high = loss_limits(basins)
         hues = sorted({line.hue for panel in basins.panels for line in panel.lines}, reverse=True)
@@ -87,9 +85,7 @@ def loss_limits(basins: BasinSet) -> tuple[float, float]:
     lowest = min(means)
     floors = [line.optimum.best_loss for line in lines if line.optimum.best_loss is not None]
     top = min(float(np.quantile(means, 0.85)), lowest + _EXCESS_SHOWN * abs(lowest))
-    top = max(
-        top, 1.5 * max([*floors, lowest]) - 0.5 * lowest, lowest + _LEAST_EXCESS * abs(lowest)
-    )
+    top = max(top, 1.5 * max([*floors, lowest]) - 0.5 * lowest, lowest + _LEAST_EXCESS * abs(lowest))
     span = top - lowest
     return lowest - _FLOOR * span, top + _HEADROOM * span
 
@@ -105,9 +101,7 @@ def _panel(axes: Axes, panel: Panel, colors: dict[float, str], top: float) -> No
         _optimum(axes, line, colors[line.hue], top)
 
 
-def _line(
-    axes: Axes, line: Line, color: str, top: float, rank: int, edge: dict[float, int]
-) -> None:
+def _line(axes: Axes, line: Line, color: str, top: float, rank: int, edge: dict[float, int]) -> None:
     drawn = [(point, point.mean) for point in line.points]
     x = np.array([point.log2_x for point, _ in drawn])
     # A NaN breaks the line where some seed diverged: a mean over the survivors is not the mean.
@@ -207,17 +201,13 @@ def _title(basins: BasinSet) -> str:
     if n_seeds:
         few, many = min(n_seeds), max(n_seeds)
         counted = f"{few}" if few == many else f"{few} to {many}"
-        shown.append(
-            f"{counted} seed{'' if many == 1 else 's'}, mean \N{PLUS-MINUS SIGN} standard error"
-        )
+        shown.append(f"{counted} seed{'' if many == 1 else 's'}, mean \N{PLUS-MINUS SIGN} standard error")
     if basins.n_missing:
         shown.append(f"{basins.n_missing} runs missing")
     return ", ".join(shown)
 
 
-def _legend(
-    basins: BasinSet, hues: list[float], colors: dict[float, str]
-) -> tuple[list[Line2D], list[str]]:
+def _legend(basins: BasinSet, hues: list[float], colors: dict[float, str]) -> tuple[list[Line2D], list[str]]:
     """Return handles and labels: a line per hue, then only the marks that the figure has."""
     lines = [line for panel in basins.panels for line in panel.lines]
     handles: list[Line2D] = []

@@ -167,8 +167,7 @@ class Curve:
         knots = self._knots[None]
         return self._posterior(
             _powers(at - self._centre, self.order) - _powers(there - self._centre, self.order),
-            _kernel(here_[:, None], knots, self.order)
-            - _kernel(there_[:, None], knots, self.order),
+            _kernel(here_[:, None], knots, self.order) - _kernel(there_[:, None], knots, self.order),
             _kernel(here_, here_, self.order)
             + _kernel(there_, there_, self.order)
             - 2 * _kernel(here_, there_, self.order),
@@ -257,9 +256,7 @@ def _hypotheses(lines: Sequence[Samples]) -> list[_Hypothesis]:
     return found
 
 
-def _weigh(
-    lines: Sequence[Samples], hypotheses: Sequence[_Hypothesis]
-) -> tuple[list[tuple[_Part, ...]], list[float]]:
+def _weigh(lines: Sequence[Samples], hypotheses: Sequence[_Hypothesis]) -> tuple[list[tuple[_Part, ...]], list[float]]:
     """Return each line's weighted hypotheses and the standard error of one of its points.
 
     Lines of one polynomial order share the weights: their deviations have the same meaning.
@@ -282,9 +279,7 @@ def _weigh(
             residual = means.mean - beta @ design.T
             alpha = np.einsum("qij,qj->qi", inverse, residual)
             total[line.order][h] += 0.5 * (
-                np.linalg.slogdet(inverse)[1]
-                - np.linalg.slogdet(information)[1]
-                - (residual * alpha).sum(1)
+                np.linalg.slogdet(inverse)[1] - np.linalg.slogdet(information)[1] - (residual * alpha).sum(1)
             )
             rows.append((inverse, spread, beta, alpha))
         solved.append(rows)
@@ -312,9 +307,7 @@ def _weigh(
             )
         )
         variance = sum(
-            float(weight[h].sum())
-            * each.variance
-            * float(np.diag(each.means[index].covariance).mean())
+            float(weight[h].sum()) * each.variance * float(np.diag(each.means[index].covariance).mean())
             for h, each in enumerate(hypotheses)
         )
         noise_sd.append(float(np.sqrt(variance)))

@@ -39,11 +39,7 @@ def moves_more_than(found: Sequence[Entry], parameterization: str, octaves: floa
         return Statement(text, abs(entry.shift_octaves) > octaves, _numbers(entry))
     if entry.shift_bound is None:
         return Statement(text, None, _numbers(entry), entry.reason)
-    certain = (
-        entry.shift_bound >= octaves
-        if entry.shift_bound_side == "high"
-        else entry.shift_bound <= -octaves
-    )
+    certain = entry.shift_bound >= octaves if entry.shift_bound_side == "high" else entry.shift_bound <= -octaves
     note = f"censored: the shift is {shift_text(entry)}"
     return Statement(text, True if certain else None, _numbers(entry), note)
 
@@ -57,9 +53,7 @@ def moves_less_than(found: Sequence[Entry], parameterization: str, octaves: floa
     if entry.shift_octaves is not None:
         return Statement(text, abs(entry.shift_octaves) < octaves, _numbers(entry))
     bound = entry.shift_bound
-    refuted = (
-        bound is not None and (bound if entry.shift_bound_side == "high" else -bound) >= octaves
-    )
+    refuted = bound is not None and (bound if entry.shift_bound_side == "high" else -bound) >= octaves
     return Statement(text, False if refuted else None, _numbers(entry), entry.reason)
 
 
@@ -79,11 +73,7 @@ def reaches_lower_loss(found: Sequence[Entry], better: str, than: str) -> Statem
     }
     if first.density != second.density:
         return Statement(text, None, numbers, "their lowest densities differ")
-    notes = [
-        f"{e.parameterization}: lowest measured"
-        for e in (first, second)
-        if e.loss_at_optimum is None
-    ]
+    notes = [f"{e.parameterization}: lowest measured" for e in (first, second) if e.loss_at_optimum is None]
     return Statement(text, first.best_loss <= second.best_loss, numbers, "; ".join(notes))
 
 

@@ -52,14 +52,10 @@ def verdict_rows(found: Sequence[Entry], text: bool = True) -> list[dict[str, An
             "n_seeds": entry.n_seeds,
             "log2_lr_opt": _value(entry.log2_lr_opt, entry.bound, entry.bound_side, "{:.2f}"),
             "ci": "-" if entry.ci is None else f"[{entry.ci[0]:.2f}, {entry.ci[1]:.2f}]",
-            "shift_octaves": _value(
-                entry.shift_octaves, entry.shift_bound, entry.shift_bound_side, "{:+.2f}"
-            ),
+            "shift_octaves": _value(entry.shift_octaves, entry.shift_bound, entry.shift_bound_side, "{:+.2f}"),
             "regret": _regret(entry, entry.regret, "{:.4f}"),
             "regret_percent": _regret(entry, entry.regret_percent, "{:.2f}"),
-            "loss_at_optimum": "-"
-            if entry.loss_at_optimum is None
-            else f"{entry.loss_at_optimum:.4f}",
+            "loss_at_optimum": "-" if entry.loss_at_optimum is None else f"{entry.loss_at_optimum:.4f}",
         }
         for entry in found
     ]

@@ -168,12 +168,7 @@ def _end(line: Line, side: Side) -> float | None:
 
 def entries(sets: Sequence[BasinSet]) -> list[Entry]:
     """Return an entry per line of the figures of `sets` (made by `basin_sets`)."""
-    return [
-        _entry(basins, panel, line)
-        for basins in sets
-        for panel in basins.panels
-        for line in panel.lines
-    ]
+    return [_entry(basins, panel, line) for basins in sets for panel in basins.panels for line in panel.lines]
 
 
 def _entry(basins: BasinSet, panel: Panel, line: Line) -> Entry:
@@ -217,19 +212,14 @@ def _entry(basins: BasinSet, panel: Panel, line: Line) -> Entry:
 def verdicts(found: Sequence[Entry]) -> list[Verdict]:
     """Return the verdict of each parameterization, by `RULE`."""
     names = dict.fromkeys(entry.parameterization for entry in found)
-    return [
-        _verdict(name, [entry for entry in found if entry.parameterization == name])
-        for name in names
-    ]
+    return [_verdict(name, [entry for entry in found if entry.parameterization == name]) for name in names]
 
 
 def _verdict(name: str, found: Sequence[Entry]) -> Verdict:
     compared = [e for e in found if not e.is_reference and e.reference_density is not None]
     if not compared:
         return Verdict(name, "undecided", "there is no line to compare with a dense one")
-    outside = [
-        _at(entry) + f" shifts by {shift_text(entry)}" for entry in compared if entry.shift.outside
-    ]
+    outside = [_at(entry) + f" shifts by {shift_text(entry)}" for entry in compared if entry.shift.outside]
     if outside:
         return Verdict(name, "does not transfer", "; ".join(outside))
     open_ = []
@@ -244,9 +234,7 @@ def _verdict(name: str, found: Sequence[Entry]) -> Verdict:
         return Verdict(name, "undecided", "; ".join(open_))
     most = max(abs(end) for entry in compared for end in entry.shift_ci or ())
     cost = max(entry.regret_percent_upper or 0.0 for entry in compared)
-    return Verdict(
-        name, "transfers", f"every shift within {most:.2f} octaves, every regret below {cost:.2f}%"
-    )
+    return Verdict(name, "transfers", f"every shift within {most:.2f} octaves, every regret below {cost:.2f}%")
 
 
 def _at(entry: Entry) -> str:
@@ -260,24 +248,18 @@ def shift_text(entry: Entry) -> str:
         interval = "no CI" if ci is None else f"{ci[0]:+.2f} to {ci[1]:+.2f}"
         return f"{entry.shift_octaves:+.2f} octaves ({interval})"
     if entry.shift_bound is not None:
-        return (
-            f"{'>=' if entry.shift_bound_side == 'high' else '<='} {entry.shift_bound:+.2f} octaves"
-        )
+        return f"{'>=' if entry.shift_bound_side == 'high' else '<='} {entry.shift_bound:+.2f} octaves"
     return "unknown"
 
 
-def write(
-    found: Sequence[Entry], folder: Path, statements: Sequence[Mapping[str, Any]] = ()
-) -> list[Path]:
+def write(found: Sequence[Entry], folder: Path, statements: Sequence[Mapping[str, Any]] = ()) -> list[Path]:
     """Write verdict.json (a list of the entries) and summary.json into `folder`; return both paths.
 
     summary.json holds the rule, a verdict per parameterization and the statements. null, never NaN.
     """
     summary = {
         "rule": RULE,
-        "verdicts": {
-            v.parameterization: {"verdict": v.answer, "reason": v.reason} for v in verdicts(found)
-        },
+        "verdicts": {v.parameterization: {"verdict": v.answer, "reason": v.reason} for v in verdicts(found)},
         "statements": list(statements),
     }
     folder.mkdir(parents=True, exist_ok=True)

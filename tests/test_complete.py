@@ -4,24 +4,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from supar_sweep.errors import BusyError, ConfigError, RecordError, SuparError
+from supar_sweep.errors import BusyError, RecordError, SuparError
 from supar_sweep.sweep.complete import Summary, complete
 from supar_sweep.sweep.grid import GridPoint
-from supar_sweep.sweep.records import Attempt, read_json
+from supar_sweep.sweep.records import read_json
 from supar_sweep.sweep.status import (
-    CellState,
     cell_state,
     first_errors,
     folders,
@@ -29,53 +24,11 @@ from supar_sweep.sweep.status import (
     states,
     status_counts,
 )
-from supar_sweep.sweep.submission import Experiment, Plan, make_plan, provenance
-from supar_sweep.sweep.trainer import CellEnd, CellTrainer
+from supar_sweep.sweep.submission import Plan, make_plan
 from supar_sweep.training.worker import RUN_CELL
 from tests import fake_cells
-from tests.test_launchers_local import alive, pool, wait_for
+from tests.grids import Told, alive, curves, experiment, plan_of, pool, run, seeds, start, wait_for, worker_pids
 from tests.tiny import tiny_cell, tiny_runtime
-
-
-def experiment(runs: Path, name: str = "test") -> Experiment:
-    return Experiment(runs, name)
-
-
-def plan_of(axes: Sequence[Mapping[str, Any]], name: str = "test") -> Plan:
-    points = [GridPoint(axes=each, cell=tiny_cell(**each)) for each in axes]
-    return make_plan(name, points, runtime=tiny_runtime(), fingerprint=lambda data: "data", provenance={"v": 1})
-
-
-def seeds(*values: int) -> Plan:
-    return plan_of([{"seed": value} for value in values])
-
-
-class Told:
-    """A Progress that remembers."""
-
-    def __init__(self) -> None:
-        self.counts: list[Mapping[str, int]] = []
-        self.etas: list[float | None] = []
-        self.messages: list[str] = []
-
-    def update(self, counts: Mapping[str, int], eta_s: float | None) -> None:
-        self.counts.append(counts)
-        self.etas.append(eta_s)
-
-    def message(self, text: str) -> None:
-        self.messages.append(text)
-
-
-def run(runs: Path, plan: Plan, told: Told | None = None, **options: Any) -> Summary:
-    of_pool = {key: options.pop(key) for key in ("processes", "function") if key in options}
-    with pool(runs, **of_pool) as launcher:
-        return complete(experiment(runs), plan, launcher, progress=told, **options)
-
-
-def curves(runs: Path, plan: Plan) -> dict[str, list[dict[str, Any]]]:
-    cells = folders(experiment(runs).store, plan)
-    return {this: folder.metrics() for this, folder in cells.items()}
-
 
 # -- a grid that goes well -------------------------------------------------------------------------
 
@@ -128,37 +81,6 @@ def test_the_dear_cells_go_first(runs_dir: Path) -> None:
         for point, folder in zip(plan.points, folders(experiment(runs_dir).store, plan).values(), strict=True)
     }
     assert sorted(started, key=lambda width: (started[width] or {})["started_s"]) == [128, 64, 32]
-
-
-def test_the_plan_is_frozen_and_read_back(runs_dir: Path) -> None:
-    plan = seeds(3, 1, 2)
-    run(runs_dir, plan)
-    read = experiment(runs_dir).plan()
-    assert read == plan
-    assert list(read.cells) == list(plan.cells)  # in the grid's order, not in that of the ids
-    result = folders(experiment(runs_dir).store, read)[read.points[0]["cell_id"]].result()
-    assert result is not None
-    assert result["provenance"] == {"v": 1}
-
-
-def test_provenance_names_the_code(tmp_path: Path) -> None:
-    here = provenance(Path(fake_cells.__file__).parent, {"torch": "2"})
-    assert here["versions"] == {"torch": "2"}
-    assert here["argv"] == sys.argv
-    assert provenance(tmp_path, {})["git_sha"] is None
-    repository = tmp_path / "code"
-    repository.mkdir()
-    git = ["git", "-C", str(repository), "-c", "user.name=a", "-c", "user.email=a@b"]
-    (repository / "a.py").write_text("1")
-    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
-        subprocess.run([*git, *command], check=True)
-    clean = provenance(repository, {})
-    assert len(clean["git_sha"]) == 40
-    assert clean["git_dirty"] is None
-    (repository / "a.py").write_text("2")
-    dirty = provenance(repository, {})
-    assert dirty["git_sha"] == clean["git_sha"]
-    assert dirty["git_dirty"] is not None
 
 
 # -- cells that go wrong ---------------------------------------------------------------------------
@@ -243,56 +165,13 @@ def test_a_torn_record_is_set_aside_and_trained_again(runs_dir: Path, content: s
     assert (torn.path / "result.json.corrupt").read_text() == content
 
 
-def test_a_torn_plan_is_written_anew(runs_dir: Path) -> None:
-    plan = seeds(0)
-    run(runs_dir, plan)
-    path = experiment(runs_dir).folder / "plan.json"
-    path.write_text(path.read_text()[:100])
-    with pytest.raises(RecordError, match=r"plan\.json is torn"):
-        experiment(runs_dir).plan()
-    run(runs_dir, plan)
-    assert experiment(runs_dir).plan() == plan
-
-
 def test_a_runs_folder_that_cannot_be_is_an_error_before_anything_starts(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(RecordError, match=r"cannot write .*(Not a directory|exists)"):
         run(tmp_path / "runs", seeds(0))
 
 
-def test_an_unknown_experiment_names_those_that_are_there(runs_dir: Path) -> None:
-    run(runs_dir, seeds(0))
-    with pytest.raises(ConfigError, match="did you mean 'test'"):
-        experiment(runs_dir, "tset").plan()
-    for name in ("", "a/b", "../x", ".hidden"):
-        with pytest.raises(ConfigError, match=r"experiment\.name"):
-            experiment(runs_dir, name)
-
-
 # -- others at work --------------------------------------------------------------------------------
-
-RUN = """
-import sys, pathlib
-from tests.test_complete import run, seeds, Told
-told = Told()
-summary = run(pathlib.Path(sys.argv[1]), seeds(*map(int, sys.argv[2:])), told)
-print(dict(summary.counts), summary.interrupted, told.messages, flush=True)
-"""
-
-
-def start(runs: Path, *values: int, **options: Any) -> subprocess.Popen[str]:
-    """A `run` of a grid in a process group of its own, at work on its first, slow cell when this
-    returns.
-    """
-    command = [sys.executable, "-c", RUN, str(runs), *map(str, values)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True, **options)
-    wait_for(lambda: list((runs / "cells").glob("*/*/checkpoints/last.json")))
-    return process
-
-
-def worker_pids(runs: Path) -> list[int]:
-    infos = (json.loads(p.read_text()) for p in runs.glob("cells/*/*/attempts/*/attempt.json"))
-    return [info["pid"] for info in infos]
 
 
 def test_two_runs_of_one_experiment_at_once(runs_dir: Path) -> None:
@@ -387,75 +266,6 @@ def test_cancel_reaches_the_run_even_where_sigint_is_ignored(runs_dir: Path) -> 
     assert "True ['stopping" in out
     with pytest.raises(SuparError, match="experiment test is not running"):
         experiment(runs_dir).cancel()
-
-
-def test_cancel_says_where_a_run_on_another_machine_is(runs_dir: Path) -> None:
-    with experiment(runs_dir).hold() as lock:
-        lock.truncate(0)
-        lock.write(json.dumps({"pid": 1, "host": "node7", "since_s": 0.0}))
-        lock.flush()
-        with pytest.raises(SuparError, match=r"pid 1 on node7, .*cancel it there"):
-            experiment(runs_dir).cancel()
-
-
-# -- one by one, for the tuner ---------------------------------------------------------------------
-
-
-def trainer(runs: Path, launcher: Any) -> CellTrainer:
-    return CellTrainer(experiment(runs).store, launcher, tiny_runtime(), fingerprint="data", provenance={})
-
-
-def test_the_trainer_tells_each_end_once_with_its_result(runs_dir: Path) -> None:
-    values = (0, fake_cells.DIVERGES, fake_cells.RAISES, fake_cells.DIES_ONCE)
-    with pool(runs_dir) as launcher:
-        training = trainer(runs_dir, launcher)
-        ids = {training.submit(tiny_cell(seed=seed)): seed for seed in values}
-        ends: dict[int, CellEnd] = {}
-        while len(ends) < len(ids):
-            ends |= {ids[each.cell_id]: each for each in training.ends(30)}
-        assert training.ends(30) == []
-        # asked again: told at once where it is complete, whatever the launcher does
-        again = training.submit(tiny_cell(seed=0))
-        (end,) = training.ends(0)
-    assert {seed: each.end for seed, each in ends.items()} == {
-        0: "done",
-        fake_cells.DIVERGES: "diverged",
-        fake_cells.RAISES: "failed",
-        fake_cells.DIES_ONCE: "done",
-    }
-    assert ends[fake_cells.RAISES].result is None
-    assert end.cell_id == again == ends[0].cell_id
-    assert end.result == ends[0].result
-    assert end.result is not None
-
-
-def test_the_trainer_waits_for_a_cell_that_another_process_trains(runs_dir: Path) -> None:
-    with pool(runs_dir) as launcher:
-        training = trainer(runs_dir, launcher)
-        folder = experiment(runs_dir).store.folder(plan_of([{"seed": 5}]).points[0]["cell_id"], "elsewhere")
-        with Attempt(folder, {}, {}) as attempt:
-            training.submit(tiny_cell(seed=5))
-            assert training.ends(1.0) == []
-            attempt.begin(0)
-            attempt.publish({"end": "done", "summary": {}}, keep_checkpoints=False)
-        (end,) = training.ends(30)
-    assert end.end == "done"
-
-
-# -- status ----------------------------------------------------------------------------------------
-
-
-def test_status_of_a_large_grid(runs_dir: Path) -> None:
-    base = tiny_cell()
-    points = [GridPoint(axes={"seed": seed}, cell=replace(base, seed=seed)) for seed in range(2000)]
-    plan = make_plan("test", points, runtime=tiny_runtime(), fingerprint=lambda data: "data", provenance={})
-    experiment(runs_dir).write(plan)
-    read = experiment(runs_dir).plan()
-    found = states(experiment(runs_dir), read)
-    assert status_counts(read, found)[0]["missing"] == 2000
-    with experiment(runs_dir).hold():
-        found = states(experiment(runs_dir), read)
-    assert set(found.values()) == {CellState("pending")}
 
 
 # -- the real thing --------------------------------------------------------------------------------

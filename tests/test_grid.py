@@ -245,3 +245,31 @@ def test_a_wrong_base_without_axes_is_a_plain_error() -> None:
 def test_a_base_with_unknown_keys_is_refused() -> None:
     with pytest.raises(ConfigError, match="densty: unknown key; did you mean 'density'"):
         enumerate_grid({**CELL, "densty": 0.5}, GridSpec())
+
+
+def test_a_range_around_the_base_value_follows_it() -> None:
+    for lr in (0.01, 0.0173):
+        base = deepcopy(CELL)
+        base["hparams"]["lr"] = lr
+        spec = GridSpec(
+            axes={"parameterization": ["mup", "supar"]},
+            by={"parameterization": {p: {"lr": {"mult_log2": [-1, 2], "step": 0.5}} for p in ("mup", "supar")}},
+        )
+        found = [p.cell.hparams.lr for p in enumerate_grid(base, spec) if p.cell.parameterization == "supar"]
+        assert found == [lr * 2 ** (octave / 2) for octave in range(-2, 5)]
+    [low, high] = grid(axes={"hparams.init_std": {"mult_log2": [0, 1]}})
+    assert high.cell.hparams.init_std == 2 * low.cell.hparams.init_std == 2 * CELL["hparams"]["init_std"]
+
+
+@pytest.mark.parametrize(
+    ("axes", "text"),
+    [
+        ({"position": {"mult_log2": [-1, 1]}}, "multiplies the base value, which must be a number > 0"),
+        ({"lr": {"mult_log2": [-1, 1], "log2": [-9, -1]}}, "log2 and mult_log2 both give the range"),
+        ({"lr": {"mult_log2": [1, -1]}}, "is no range of octaves"),
+        ({"lr": {"mult_log": [-1, 1]}}, "did you mean 'mult_log2'"),
+    ],
+)
+def test_a_bad_range_around_the_base_value(axes: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        grid(axes=axes)

@@ -9,8 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +16,10 @@ import pytest
 
 from launchers.local import LocalLauncher
 from launchers.protocol import Event, Launcher, folder_of
-from supar_sweep.sweep.jobs import make_job
-from supar_sweep.sweep.records import Store
 from supar_sweep.sweep.status import cell_state
 from tests import fake_cells
-from tests.tiny import tiny_cell, tiny_runtime
-
-
-def pool(runs: Path, processes: int = 2, **options: Any) -> LocalLauncher:
-    options = {"function": fake_cells.RUN, **options}
-    return LocalLauncher(processes=processes, threads=1, log_folder=runs / "logs", **options)
-
-
-def job_of(runs: Path, seed: int) -> dict[str, Any]:
-    return make_job(Store(runs / "cells"), tiny_cell(seed=seed), tiny_runtime(), "data", {})
+from tests.grids import alive, job_of, pool, wait_for
+from tests.tiny import tiny_cell
 
 
 def through(launcher: Launcher, jobs: list[dict[str, Any]]) -> dict[str, Event]:
@@ -43,21 +31,6 @@ def through(launcher: Launcher, jobs: list[dict[str, Any]]) -> dict[str, Event]:
             assert event.cell_id not in ends, "one event a job"
             ends[event.cell_id] = event
     return ends
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline_s = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.02)
-
-
-def alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"  # nobody collects orphans in a container without an init
 
 
 def test_jobs_are_done_in_persistent_workers(runs_dir: Path) -> None:
@@ -191,7 +164,7 @@ def test_a_worker_asked_to_leave_saves_and_the_pool_goes_on(runs_dir: Path) -> N
 
 PARENT = """
 import sys, pathlib
-from tests.test_launchers_local import pool, job_of, fake_cells
+from tests.grids import pool, job_of, fake_cells
 runs = pathlib.Path(sys.argv[1])
 launcher = pool(runs)
 for seed in (fake_cells.SLOW, 1, 2):

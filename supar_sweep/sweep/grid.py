@@ -6,9 +6,8 @@ once, any other once a value.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import lru_cache
 from itertools import product
 from typing import Any, get_args, get_type_hints
@@ -16,6 +15,7 @@ from typing import Any, get_args, get_type_hints
 from supar_sweep.config.decode import decode
 from supar_sweep.config.schema import CellConfig
 from supar_sweep.errors import ConfigError
+from supar_sweep.sweep.axes import absolute, expand
 
 SHOWN_PROBLEMS = 20
 """An error about invalid cells shows at most so many different problems."""
@@ -32,7 +32,7 @@ class GridSpec:
 
     Args:
         axes: key -> values: a list, or {log2: [low, high], step: 1} for 2^low, 2^(low + step), ...
-            up to and including 2^high.
+            up to and including 2^high, or {mult_log2: [low, high], step: 1} for those times the base value.
         zipped: each entry maps keys to lists of one length, walked in step.
         by: axis -> one of its values -> other key -> values: that key's values where the axis has
             that value. A key that also stands in `axes` keeps those for the values not named here.
@@ -90,7 +90,7 @@ def enumerate_grid(base: Mapping[str, Any], spec: GridSpec) -> list[GridPoint]:
         ConfigError: an unknown, ambiguous or repeated key, an empty axis, a value twice on an axis.
         GridError: cells that the schema refuses, all of them.
     """
-    points = list(_points(spec))
+    points = list(_points(_absolute(spec, base)))
     build = _Builder(base)
     done: list[GridPoint] = []
     problems: list[tuple[Mapping[str, Any], ConfigError]] = []
@@ -167,44 +167,28 @@ def _settings() -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]
     return sections, leaves
 
 
-def expand(raw: Any, *, at: str) -> tuple[Any, ...]:
-    """Return the values of one axis.
+def _absolute(spec: GridSpec, base_plain: Mapping[str, Any]) -> GridSpec:
+    """Return the grid with every range around a base value (mult_log2) written out."""
 
-    Args:
-        raw: a list, or {log2: [low, high], step: 1}, the step in octaves.
-        at: where it stands in the user's config, for error texts.
+    def written_out(axes: Mapping[str, Any], at: str) -> dict[str, Any]:
+        return {key: absolute(raw, base_value(key, f"{at}.{key}"), at=f"{at}.{key}") for key, raw in axes.items()}
 
-    Raises:
-        ConfigError: neither of the two, no values, or a value twice.
-    """
-    if isinstance(raw, Mapping):
-        values = _log2_values(raw, at)
-    elif isinstance(raw, Sequence) and not isinstance(raw, str):
-        values = tuple(raw)
-    else:
-        raise ConfigError(at, "must be a list of values", value=raw, allowed=_AXIS_FORMS)
-    if not values:
-        raise ConfigError(at, "has no values", allowed=_AXIS_FORMS)
-    return values
+    def base_value(key: str, at: str) -> Any:
+        section, name = find_key(key, at=at.removesuffix(f".{key}"))
+        node = base_plain.get(section) if section else base_plain
+        return node.get(name) if isinstance(node, Mapping) else None
 
-
-_AXIS_FORMS = "[value, ...] or {log2: [low, high], step: 1}"
-
-
-def _log2_values(raw: Mapping[str, Any], at: str) -> tuple[float, ...]:
-    for name in raw:
-        if name not in ("log2", "step"):
-            raise ConfigError(f"{at}.{name}", "unknown key", allowed=("log2", "step"), nearest_to=str(name))
-    ends, step = raw.get("log2"), raw.get("step", 1)
-    numbers = [*ends, step] if isinstance(ends, Sequence) and not isinstance(ends, str) else []
-    good = len(numbers) == 3 and all(
-        isinstance(n, (int, float)) and not isinstance(n, bool) and math.isfinite(n) for n in numbers
-    )
-    if not good or step <= 0 or numbers[0] > numbers[1]:
-        raise ConfigError(at, "is no range of octaves", value=dict(raw), allowed="{log2: [low, high], step: > 0}")
-    low, high, _ = numbers
-    count = math.floor((high - low) / step + 1e-9) + 1
-    return tuple(2.0 ** (low + i * step) for i in range(count))
+    by = {
+        axis: {
+            value: written_out(_flat(table), f"experiment.by.{axis}.{value}") if isinstance(table, Mapping) else table
+            for value, table in by_value.items()
+        }
+        if isinstance(by_value, Mapping)
+        else by_value
+        for axis, by_value in spec.by.items()
+    }
+    zipped = tuple(written_out(_flat(each), f"experiment.zipped[{i}]") for i, each in enumerate(spec.zipped))
+    return replace(spec, axes=written_out(_flat(spec.axes), "experiment.axes"), zipped=zipped, by=by)
 
 
 def _points(spec: GridSpec) -> Iterator[dict[Key, Any]]:

@@ -1,0 +1,97 @@
+"""A grid as it was submitted: frozen, named, held by one, and what `status` makes of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from supar_sweep.errors import ConfigError, RecordError, SuparError
+from supar_sweep.sweep.grid import GridPoint
+from supar_sweep.sweep.status import (
+    CellState,
+    folders,
+    states,
+    status_counts,
+)
+from supar_sweep.sweep.submission import make_plan, provenance
+from tests import fake_cells
+from tests.grids import experiment, run, seeds
+from tests.tiny import tiny_cell, tiny_runtime
+
+
+def test_the_plan_is_frozen_and_read_back(runs_dir: Path) -> None:
+    plan = seeds(3, 1, 2)
+    run(runs_dir, plan)
+    read = experiment(runs_dir).plan()
+    assert read == plan
+    assert list(read.cells) == list(plan.cells)  # in the grid's order, not in that of the ids
+    result = folders(experiment(runs_dir).store, read)[read.points[0]["cell_id"]].result()
+    assert result is not None
+    assert result["provenance"] == {"v": 1}
+
+
+def test_provenance_names_the_code(tmp_path: Path) -> None:
+    here = provenance(Path(fake_cells.__file__).parent, {"torch": "2"})
+    assert here["versions"] == {"torch": "2"}
+    assert here["argv"] == sys.argv
+    assert provenance(tmp_path, {})["git_sha"] is None
+    repository = tmp_path / "code"
+    repository.mkdir()
+    git = ["git", "-C", str(repository), "-c", "user.name=a", "-c", "user.email=a@b"]
+    (repository / "a.py").write_text("1")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *command], check=True)
+    clean = provenance(repository, {})
+    assert len(clean["git_sha"]) == 40
+    assert clean["git_dirty"] is None
+    (repository / "a.py").write_text("2")
+    dirty = provenance(repository, {})
+    assert dirty["git_sha"] == clean["git_sha"]
+    assert dirty["git_dirty"] is not None
+
+
+def test_a_torn_plan_is_written_anew(runs_dir: Path) -> None:
+    plan = seeds(0)
+    run(runs_dir, plan)
+    path = experiment(runs_dir).folder / "plan.json"
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(RecordError, match=r"plan\.json is torn"):
+        experiment(runs_dir).plan()
+    run(runs_dir, plan)
+    assert experiment(runs_dir).plan() == plan
+
+
+def test_an_unknown_experiment_names_those_that_are_there(runs_dir: Path) -> None:
+    run(runs_dir, seeds(0))
+    with pytest.raises(ConfigError, match="did you mean 'test'"):
+        experiment(runs_dir, "tset").plan()
+    for name in ("", "a/b", "../x", ".hidden"):
+        with pytest.raises(ConfigError, match=r"experiment\.name"):
+            experiment(runs_dir, name)
+
+
+def test_cancel_says_where_a_run_on_another_machine_is(runs_dir: Path) -> None:
+    with experiment(runs_dir).hold() as lock:
+        lock.truncate(0)
+        lock.write(json.dumps({"pid": 1, "host": "node7", "since_s": 0.0}))
+        lock.flush()
+        with pytest.raises(SuparError, match=r"pid 1 on node7, .*cancel it there"):
+            experiment(runs_dir).cancel()
+
+
+def test_status_of_a_large_grid(runs_dir: Path) -> None:
+    base = tiny_cell()
+    points = [GridPoint(axes={"seed": seed}, cell=replace(base, seed=seed)) for seed in range(2000)]
+    plan = make_plan("test", points, runtime=tiny_runtime(), fingerprint=lambda data: "data", provenance={})
+    experiment(runs_dir).write(plan)
+    read = experiment(runs_dir).plan()
+    found = states(experiment(runs_dir), read)
+    assert status_counts(read, found)[0]["missing"] == 2000
+    with experiment(runs_dir).hold():
+        found = states(experiment(runs_dir), read)
+    assert set(found.values()) == {CellState("pending")}

@@ -1,0 +1,53 @@
+"""Cells one by one, as the tuner asks for them, through real processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from supar_sweep.sweep.records import Attempt
+from supar_sweep.sweep.trainer import CellEnd, CellTrainer
+from tests import fake_cells
+from tests.grids import experiment, plan_of, pool
+from tests.tiny import tiny_cell, tiny_runtime
+
+
+def trainer(runs: Path, launcher: Any) -> CellTrainer:
+    return CellTrainer(experiment(runs).store, launcher, tiny_runtime(), fingerprint="data", provenance={})
+
+
+def test_the_trainer_tells_each_end_once_with_its_result(runs_dir: Path) -> None:
+    values = (0, fake_cells.DIVERGES, fake_cells.RAISES, fake_cells.DIES_ONCE)
+    with pool(runs_dir) as launcher:
+        training = trainer(runs_dir, launcher)
+        ids = {training.submit(tiny_cell(seed=seed)): seed for seed in values}
+        ends: dict[int, CellEnd] = {}
+        while len(ends) < len(ids):
+            ends |= {ids[each.cell_id]: each for each in training.ends(30)}
+        assert training.ends(30) == []
+        # asked again: told at once where it is complete, whatever the launcher does
+        again = training.submit(tiny_cell(seed=0))
+        (end,) = training.ends(0)
+    assert {seed: each.end for seed, each in ends.items()} == {
+        0: "done",
+        fake_cells.DIVERGES: "diverged",
+        fake_cells.RAISES: "failed",
+        fake_cells.DIES_ONCE: "done",
+    }
+    assert ends[fake_cells.RAISES].result is None
+    assert end.cell_id == again == ends[0].cell_id
+    assert end.result == ends[0].result
+    assert end.result is not None
+
+
+def test_the_trainer_waits_for_a_cell_that_another_process_trains(runs_dir: Path) -> None:
+    with pool(runs_dir) as launcher:
+        training = trainer(runs_dir, launcher)
+        folder = experiment(runs_dir).store.folder(plan_of([{"seed": 5}]).points[0]["cell_id"], "elsewhere")
+        with Attempt(folder, {}, {}) as attempt:
+            training.submit(tiny_cell(seed=5))
+            assert training.ends(1.0) == []
+            attempt.begin(0)
+            attempt.publish({"end": "done", "summary": {}}, keep_checkpoints=False)
+        (end,) = training.ends(30)
+    assert end.end == "done"
