@@ -97,12 +97,10 @@ print(dict(summary.counts), summary.interrupted, told.messages, flush=True)
 
 
 def start(runs: Path, *values: int, **options: Any) -> subprocess.Popen[str]:
-    """A `run` of a grid in a process group of its own, at work on its first, slow cell when this
-    returns.
-    """
+    """A `run` of a grid with a slow cell, in a process group of its own, at work on that cell when this returns."""
     command = [sys.executable, "-c", RUN, str(runs), *map(str, values)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True, **options)
-    wait_for(lambda: list((runs / "cells").glob("*/*/checkpoints/last.json")))
+    wait_for(lambda: list((runs / "cells").glob(f"*/*-s{fake_cells.SLOW}-*/checkpoints/last.json")))
     return process
 
 

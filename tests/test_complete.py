@@ -293,6 +293,7 @@ def real_run(runs: Path) -> Summary:
     return run(runs, real_plan(runs), processes=1, function=RUN_CELL)
 
 
+@pytest.mark.slow
 def test_a_real_grid_whose_run_is_killed_ends_with_the_curves_of_a_calm_one(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(Path(fake_cells.__file__).read_text() * 20)
     disturbed, calm = tmp_path / "disturbed", tmp_path / "calm"

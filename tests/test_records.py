@@ -151,11 +151,10 @@ def test_a_moved_runs_folder_works(runs_dir: Path, tmp_path: Path) -> None:
         assert str(runs_dir) not in path.read_text()
 
 
-def test_twenty_thousand_cells_are_indexed_and_read(runs_dir: Path) -> None:
-    # not timed: that it takes a second, not minutes, is seen by whoever waits for this test
+def test_thousands_of_cells_are_indexed_and_read(runs_dir: Path) -> None:
     store = Store(runs_dir)
     text = json.dumps({"end": "done", "summary": {"train_loss": 1.0}})
-    n = 20_000
+    n = 2_000
     for i in range(n):
         cell_id = f"{i * 2654435761 % 2**64:016x}"[::-1]
         path = runs_dir / cell_id[:2] / f"supar-w64-r1-lr2^-7-s0-{cell_id}"

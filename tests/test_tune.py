@@ -273,7 +273,7 @@ def test_two_coordinators_of_one_study(tmp_path: Path) -> None:
     process.start()
     while not (tmp_path / "journal.log").exists():
         time.sleep(0.01)
-    with pytest.raises(BusyError, match="being tuned by another process"):
+    with pytest.raises(BusyError, match="study proxy is held by another process"):
         run(tmp_path, Basin())
     process.join()
     assert process.exitcode == 0

@@ -45,11 +45,19 @@ def rule_rows() -> list[dict[str, Any]]:
 
 
 def markdown() -> str:
-    """Return the rule table in Markdown, as the README shows it."""
-    lines = [f"| {' | '.join(COLUMNS.values())} |", "|" + "---|" * len(COLUMNS)]
+    """Return the rule table in Markdown, as the README shows it: roles with the same factors share a row."""
+    factors = ("sp", "mup", "supar", "gpt2", "completep")
+    grouped: dict[tuple[Any, ...], dict[str, list[str]]] = {}
     for row in rule_rows():
-        cells = [str(row[name]) if name in ("source", "optimizer") else f"`{row[name]}`" for name in COLUMNS]
-        lines.append(f"| {' | '.join(cells)} |")
+        key = (row["quantity"], row["optimizer"], *(row[name] for name in factors))
+        group = grouped.setdefault(key, {"where": [], "source": []})
+        for name, texts in group.items():
+            if row[name] not in texts:
+                texts.append(row[name])
+    lines = [f"| {' | '.join(COLUMNS.values())} |", "|" + "---|" * len(COLUMNS)]
+    for (quantity, optimizer, *values), group in grouped.items():
+        cells = [quantity, ", ".join(group["where"]), optimizer]
+        lines.append(f"| {' | '.join([*cells, *(f'`{value}`' for value in values), '; '.join(group['source'])])} |")
     return "\n".join(lines) + "\n"
 
 

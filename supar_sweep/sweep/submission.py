@@ -257,7 +257,7 @@ def _git(package: Path) -> dict[str, Any]:
         return subprocess.run(command, capture_output=True, check=True).stdout
 
     try:
-        if not git("ls-files", "--", ".").strip():  # a virtual environment within somebody's repository
+        if not git("ls-files", "--", "."):  # a virtual environment in somebody's repository
             return nothing
         sha = git("rev-parse", "HEAD").decode().strip()
         changes = git("diff", "HEAD", "--", ".") + git("status", "--porcelain", "--", ".")

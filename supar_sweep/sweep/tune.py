@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from supar_sweep.config.decode import encode
 from supar_sweep.config.schema import CellConfig
 from supar_sweep.config.study import StudyConfig
-from supar_sweep.errors import BusyError, ConfigError, RecordError, SuparError
+from supar_sweep.errors import ConfigError, SuparError
 from supar_sweep.rules.parameterization import RULES_VERSION
+from supar_sweep.sweep import locks
 from supar_sweep.sweep.identity import canonical
 from supar_sweep.sweep.sampling import make_sampler, mend_journal
 from supar_sweep.sweep.trainer import CellEnd
@@ -98,7 +99,7 @@ def tune(
     """
     _check(study, proxy)
     folder = folder.resolve()
-    with _Lock(folder):
+    with locks.hold(folder / "lock", f"study {study.name}"):
         tuner = _Tuner(study, proxy, trainer, folder, fingerprint)
         tuner.search(progress)
         scores = tuner.confirm(progress)
@@ -126,31 +127,6 @@ def _check(study: StudyConfig, proxy: CellConfig) -> None:
                 value=value,
                 allowed=f"2^{interval.low_log2:g} .. 2^{interval.high_log2:g}",
             )
-
-
-class _Lock:
-    """One coordinator a study."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> _Lock:
-        import fcntl
-
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.file = (self.folder / "lock").open("a+")
-        except OSError as error:
-            raise RecordError(f"cannot write {self.folder}: {error.strerror}") from error
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.file.close()
-            raise BusyError(f"study {self.folder.name} is being tuned by another process") from None
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
 
 
 class _Tuner:
