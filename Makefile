@@ -47,7 +47,7 @@ format: setup ## rewrite the files as `lint` wants them
 	.venv/bin/python -m ruff format .
 
 clean: ## remove .venv, caches and builds; runs/ stays
-	@rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache
+	@rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Installs only what changed: the stamp, written last, says which torch was asked for and where the checkout stood.

@@ -146,10 +146,8 @@ def lr_basins(
     for value in _panel_values(kept, col):
         rows = kept[kept[col] == value]
         hues = sorted({_rounded(each) for each in rows[hue]}, reverse=True)
-        if reference is not None:
-            wanted = _rounded(reference)
-        else:
-            wanted = 1.0 if hue == "density" else min(hues)
+        usual = 1.0 if hue == "density" else min(hues)
+        wanted = usual if reference is None else _rounded(reference)
         points = [_points(rows[rows[hue].map(_rounded) == each], x, hue, col, metric) for each in hues]
         fits = fit_panel([_observed(line) for line in points], confidence)
         lines = tuple(Line(each, line, fit) for each, line, fit in zip(hues, points, fits, strict=True))

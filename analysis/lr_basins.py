@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from . import style
+from . import files, style
 from .basins import BasinSet, Line, Panel, data_rows
 
 _PANEL_HEIGHT_IN = 3.1
@@ -64,12 +65,11 @@ def save(drawn: Figure, basins: BasinSet, stem: Path) -> list[Path]:
     """Write `stem`.png and .pdf, and the data as `stem`.csv; return the three paths."""
     written = style.save(drawn, stem)
     rows = data_rows(basins)
-    path = stem.with_name(f"{stem.name}.csv")
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
-        writer.writeheader()
-        writer.writerows(rows)
-    return [*written, path]
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [])
+    writer.writeheader()
+    writer.writerows(rows)
+    return [*written, files.write(stem.with_name(f"{stem.name}.csv"), text.getvalue())]
 
 
 def loss_limits(basins: BasinSet) -> tuple[float, float]:

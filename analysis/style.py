@@ -6,6 +6,7 @@ parameters that is undone on leaving: the caller's own plots look as before.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MultipleLocator
+
+from . import files
 
 DPI = 220
 COLUMN_IN = 3.35
@@ -134,14 +137,15 @@ def log2_ticks(axes: Axes, span_octaves: float) -> None:
 
 
 def save(drawn: Figure, stem: Path, formats: Sequence[str] = ("png", "pdf")) -> list[Path]:
-    """Write `stem`.png and `stem`.pdf; return their paths."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
+    """Write `stem`.png and `stem`.pdf; return their paths. Raises RecordError where they cannot be written."""
     written = []
     with look():
         for kind in formats:
             path = stem.with_name(f"{stem.name}.{kind}")
             # No date in the file: the same data give the same bytes.
             metadata = {"CreationDate": None} if kind == "pdf" else {}
-            drawn.savefig(path, dpi=DPI, metadata=metadata)
-            written.append(path)
+            # into memory first: a full disk must not end in the middle of matplotlib, or of the file
+            image = io.BytesIO()
+            drawn.savefig(image, format=kind, dpi=DPI, metadata=metadata)
+            written.append(files.write(path, image.getvalue()))
     return written

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from . import files
 from .basins import BasinSet, Line, Panel, lr_basins
 from .fit import Interval, Side
 
@@ -262,7 +262,6 @@ def write(found: Sequence[Entry], folder: Path, statements: Sequence[Mapping[str
         "verdicts": {v.parameterization: {"verdict": v.answer, "reason": v.reason} for v in verdicts(found)},
         "statements": list(statements),
     }
-    folder.mkdir(parents=True, exist_ok=True)
     return [
         _write_json([asdict(entry) for entry in found], folder / "verdict.json"),
         _write_json(summary, folder / "summary.json"),
@@ -270,8 +269,4 @@ def write(found: Sequence[Entry], folder: Path, statements: Sequence[Mapping[str
 
 
 def _write_json(value: Any, path: Path) -> Path:
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-    return path
+    return files.write(path, json.dumps(value, indent=2, allow_nan=False) + "\n")

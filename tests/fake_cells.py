@@ -17,8 +17,9 @@ from typing import Any
 from supar_sweep.config.decode import decode
 from supar_sweep.config.schema import CellConfig
 from supar_sweep.errors import BusyError
+from supar_sweep.sweep.files import write_json
 from supar_sweep.sweep.jobs import folder_of
-from supar_sweep.sweep.records import Attempt, write_json
+from supar_sweep.sweep.records import Attempt
 
 RUN = "tests.fake_cells:run"
 STEPS = 12

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -183,6 +184,31 @@ def test_transfer_lists_layers_where_densities_differ(capsys: pytest.CaptureFixt
         assert layer["lr"] == pytest.approx(lr / (target["m_d"] * layer["density"]))
 
 
+@pytest.mark.parametrize("layer_density", ["uniform", "er"])
+@pytest.mark.parametrize(
+    "more", [(), ("depth=completep", "depth_alpha=0.5", "parameterization=sp"), ("optimizer=sgd",)]
+)
+def test_transfer_says_what_the_model_is_trained_with(
+    capsys: pytest.CaptureFixture[str], layer_density: str, more: tuple[str, ...]
+) -> None:
+    shape = (*SMALL[:4], "model.n_layer=3", "model.activation=swiglu", "model.tied_head=false", *more)
+    words = (*shape, "density=0.125", f"layer_density={layer_density}", "hparams.weight_decay=0.1")
+    found = json_of(capsys, "transfer", *words)
+    seen = set()
+    for row in json_of(capsys, "rules", *words, "show=parameters"):
+        layer = found.get("layers", {}).get(row["name"].removesuffix(".weight"))
+        wanted = layer or found["roles"][row["role"]]
+        if row["name"].startswith("norm."):
+            continue  # the final norm is in no block: its role's row is that of the blocks' norms
+        seen.add(row["role"])
+        assert (layer is not None) == (layer_density == "er" and row["role"].startswith("hidden"))
+        assert layer is None or (layer["role"], layer["density"]) == (row["role"], row["density"])
+        assert {name: row[name] for name in ("init_std", "lr", "weight_decay", "eps")} == {
+            name: wanted[name] for name in ("init_std", "lr", "weight_decay", "eps")
+        }
+    assert seen == set(ROLES)
+
+
 def test_transfer_tables_carry_formula_and_source(capsys: pytest.CaptureFixture[str]) -> None:
     _, out, err = call(capsys, "transfer", "hparams=paper")
     assert "m_d^-1 m_rho^-1" in out
@@ -199,6 +225,34 @@ def test_transfer_warns_where_proxy_and_target_differ(capsys: pytest.CaptureFixt
     assert found["base"]["width"] == proxy["base"]["width"]
     before = proxy["train"]["steps"] * proxy["train"]["batch_seqs"] * 16
     assert f"tokens: {before} at the proxy, {100 * 8 * 64} at the target" in err
+    for name in ("batch_tokens", "warmup_share", "d_head", "context_tokens"):
+        assert f"warning: {name}: " in err
+    assert "position" not in err  # the same at both
+    assert "is no base" not in err
+    path.write_text(
+        yaml.safe_dump({"hparams": proxy["hparams"], "lineage": {"proxy": {**proxy, "parameterization": "sp"}}})
+    )
+    assert "tuned with sp, which is no base for supar" in call(capsys, "transfer", f"hparams={path}")[2]
+
+
+def test_transfer_warns_where_the_papers_proxy_and_target_differ(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    _, _, err = call(capsys, "transfer", "hparams=paper")
+    assert f"tokens: 800000000 at the proxy, {100 * 8 * 64} at the target" in err
+    assert "not known of the proxy: schedule" in err
+    length = ("train.steps=1526", "train.batch_seqs=256")  # 800.06M tokens
+    _, _, err = call(capsys, "transfer", "hparams=paper", "model=paper", *length)
+    assert "at the proxy" not in err
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({"hparams": tiny_plain()["hparams"]}))
+    _, _, err = call(capsys, "transfer", f"hparams={path}")
+    assert "says nothing of its proxy" in err
+    assert "names no base, so its numbers are taken to be in units of {'width': 64, 'n_layer': 2}" in err
+    path.write_text(yaml.safe_dump({"hparams": tiny_plain()["hparams"], "tuned_at": {"token": 5}}))
+    code, _, err = call(capsys, "transfer", f"hparams={path}")
+    assert code == 2
+    assert "tuned_at.token: unknown key; did you mean 'tokens'" in err
 
 
 def test_the_shells_completion_answers(capfd: pytest.CaptureFixture[str]) -> None:
@@ -316,7 +370,7 @@ def test_the_process_exits_with_the_code_and_a_closed_pipe_is_no_error() -> None
     assert wrong.returncode == 2
     assert wrong.stderr.count("\n") == 1
     cut = subprocess.run(
-        f"{sys.executable} -m supar_sweep rules | head -n 1; echo ${{PIPESTATUS[0]}}",
+        f"{shlex.join(COMMAND)} rules | head -n 1; echo ${{PIPESTATUS[0]}}",
         shell=True,
         executable="/bin/bash",
         cwd=ROOT,

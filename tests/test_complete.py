@@ -14,8 +14,8 @@ import pytest
 
 from supar_sweep.errors import BusyError, RecordError, SuparError
 from supar_sweep.sweep.complete import Summary, complete
+from supar_sweep.sweep.files import read_json
 from supar_sweep.sweep.grid import GridPoint
-from supar_sweep.sweep.records import read_json
 from supar_sweep.sweep.status import (
     cell_state,
     first_errors,

@@ -119,5 +119,9 @@ def test_a_file_of_hparams_brings_its_base_and_typed_values_win(tmp_path: Path) 
     assert found.cell().hparams.lr == 0.5
     assert found.cell().hparams.alpha_out == 3.0
     assert encode(found.cell().base) == {"width": 32, "n_layer": 2}
+    (copied := tmp_path / "copied.yaml").write_text((CONF / "hparams" / "paper.yaml").read_text())
+    paper = settings("transfer", f"hparams_file={copied}").cell()
+    assert paper == settings("transfer", "hparams=paper").cell()
+    assert encode(paper.base) == {"width": 256, "n_layer": 24}
     typed = settings("run", f"hparams_file={path}", "base.width=128")
     assert encode(typed.cell().base) == {"width": 128, "n_layer": 2}

@@ -189,6 +189,10 @@ BAD: dict[str, tuple[Callable[[Path], DataConfig], str]] = {
         lambda d: tokens(write(d / "t", b"abc"), write_tokens(d / "v", [1])),
         r"data\.train_path: .* 3 bytes, an odd number",
     ),
+    "held-out tokens that are trained on": (
+        lambda d: tokens(write_tokens(d / "t", [5, 6]), write_tokens(d / "v", [5, 6])),
+        r"data\.val_path: .*/v holds the training tokens",
+    ),
     "token too large": (
         lambda d: tokens(write_tokens(d / "t", [5]), write_tokens(d / "v", [7, 100])),
         r"data\.val_path: .* token 100; allowed: below data\.vocab_size = 100",

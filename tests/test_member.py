@@ -61,6 +61,16 @@ def test_a_loss_that_is_no_number_ends_at_once(bad: float) -> None:
     assert feed([bad])[0].outcome("done", 1).last_finite_loss is None
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_held_out_loss_that_is_no_number_ends_at_once(bad: float) -> None:
+    watched, _ = feed([5.0, 4.0])
+    assert not watched.observe_val(1, 4.5)
+    assert watched.observe_val(2, bad)
+    outcome = watched.outcome("done", 2)
+    assert (outcome.end, outcome.steps_done, outcome.last_finite_loss) == ("diverged", 2, 4.0)
+    assert outcome.train_loss is outcome.val_loss is None
+
+
 def test_the_divergence_count_survives_a_resume() -> None:
     high = 4 * math.log(256)
     before, _ = feed([5.0, high, high])

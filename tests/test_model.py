@@ -190,6 +190,19 @@ def test_sp_mup_and_supar_share_noise_and_masks() -> None:
                 torch.testing.assert_close(plan.parameter, weight * ratio)
 
 
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))
+def test_sp_is_mups_dense_start_with_holes_at_every_width(variant: dict[str, Any]) -> None:
+    for width in (16, 64):
+        shape = {**variant, "model.width": width, "depth": "gpt2"}
+        dense, _ = build(tiny_cell(**shape, parameterization="mup", density=1.0))
+        for density in (1.0, 0.25):
+            sp, _ = build(tiny_cell(**shape, parameterization="sp", density=density))
+            masks = named_masks(sp)
+            assert bool(masks) == (density < 1)
+            for (name, weight), wanted in zip(sp.named_parameters(), dense.parameters(), strict=True):
+                assert torch.equal(weight, wanted * masks[name] if name in masks else wanted), name
+
+
 @pytest.mark.parametrize("position", ["learned", "alibi"])
 def test_no_token_sees_the_future(position: str) -> None:
     model, _ = build(tiny_cell(**{"model.position": position, "hparams.init_std": 0.5}))

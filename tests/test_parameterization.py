@@ -154,11 +154,11 @@ def test_everything_is_the_base_at_the_base_shape(n_layer: int) -> None:
                 wanted = 0.0
             elif (quantity, role, method.depth) == ("init_var", "hidden_residual", "gpt2"):
                 wanted = 1 / (2 * n_layer)  # the GPT-2 rule is absolute: the base has it too
-            assert factor(quantity, role, method, Ratios(n_layer=n_layer)) == wanted
+            assert factor(quantity, role, method, Ratios(m_d=1, n_layer=n_layer)) == wanted
         scale = "-1/2" if method.parameterization == "sp" else "-1"
         for site in SITES:
             wanted = 64.0 ** float(-0.5 if scale == "-1/2" else -1)
-            got = factor("forward", site, method, Ratios(n_layer=n_layer), d_head=64)
+            got = factor("forward", site, method, Ratios(m_d=1, n_layer=n_layer), d_head=64)
             assert got == (wanted if site == "attention_scale" else 1.0)
 
 
@@ -176,9 +176,9 @@ def test_base_to_a_to_b_is_base_to_b(a: tuple[float, float, float], b: tuple[flo
             if not to_a:
                 assert to_a == to_b
                 continue
-            depth_constant = factor(quantity, role, method, Ratios())  # gpt2's, in every factor once
+            depth_constant = factor(quantity, role, method, Ratios(m_d=1))  # gpt2's, in every factor once
             by_shape = factor(quantity, role, method, step_width) / depth_constant
-            dense_a, dense_b = (factor(quantity, role, method, Ratios(m_rho=x[1])) for x in (a, b))
+            dense_a, dense_b = (factor(quantity, role, method, Ratios(m_d=1, m_rho=x[1])) for x in (a, b))
             assert math.isclose(to_a * by_shape * dense_b / dense_a, to_b, rel_tol=1e-9)
 
 
@@ -186,10 +186,10 @@ def test_base_to_a_to_b_is_base_to_b(a: tuple[float, float, float], b: tuple[flo
 def test_density_moves_no_dense_role_and_no_forward_factor(m_rho: float) -> None:
     for method in methods():
         for quantity, role in product(QUANTITIES, DENSE_ROLES):
-            sparse, dense = Ratios(m_rho=m_rho), Ratios()
+            sparse, dense = Ratios(m_d=1, m_rho=m_rho), Ratios(m_d=1)
             assert factor(quantity, role, method, sparse) == factor(quantity, role, method, dense)
         for site in SITES:
-            got = [factor("forward", site, method, r, d_head=8) for r in (Ratios(m_rho=m_rho), dense)]
+            got = [factor("forward", site, method, r, d_head=8) for r in (sparse, dense)]
             assert got[0] == got[1]
 
 
@@ -255,7 +255,7 @@ def test_completep_at_alpha_1_needs_no_lr_change_in_depth() -> None:
     for role in ROLES:
         shallow, deep = (factor("lr", role, method, Ratios(m_d=4, m_rho=1 / 8, m_L=m_L)) for m_L in (1, 32))
         assert shallow == deep
-    assert factor("forward", "residual", method, Ratios(m_L=32)) == 1 / 32
+    assert factor("forward", "residual", method, Ratios(m_d=1, m_L=32)) == 1 / 32
 
 
 def test_gpt2_depth_touches_the_residual_projections_start_alone() -> None:
@@ -344,7 +344,12 @@ def test_depth_alpha_out_of_range(alpha: float) -> None:
 )
 def test_ratios_out_of_range(wrong: dict[str, Any], key: str) -> None:
     with pytest.raises(ConfigError, match=f"^{key}: "):
-        Ratios(**wrong)
+        Ratios(**{"m_d": 1, **wrong})
+
+
+def test_a_width_ratio_is_never_taken_for_granted() -> None:
+    with pytest.raises(TypeError, match="m_d"):
+        Ratios(n_layer=2)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,23 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 # Added to the README's lines so that what trains takes seconds; everything else runs as it stands there.
-TINY = "model.width=32 model.d_head=8 model.context_tokens=16 base.width=16 train.steps=4 train.eval_seqs=4".split()
+TINY = [
+    "model.width=32",
+    "model.d_head=8",
+    "model.context_tokens=16",
+    "base.width=16",
+    "train.steps=4",
+    "train.eval_seqs=4",
+]
 SMALLER = {
     "quickstart": ["size=smoke"],
-    "tune": [*TINY, "study.n_trials=2", "study.confirm_top_k=1", "study.confirm_seeds=[1]"],
+    # the proxy is the base: it has no width of its own
+    "tune": [
+        *(w for w in TINY if "model.width" not in w),
+        "study.n_trials=2",
+        "study.confirm_top_k=1",
+        "study.confirm_seeds=[1]",
+    ],
     "run": [
         *TINY,
         "experiment.axes.density=[1,0.25]",

@@ -19,7 +19,8 @@ import pytest
 
 from supar_sweep.errors import BusyError, RecordError
 from supar_sweep.sweep import locks
-from supar_sweep.sweep.records import Attempt, CellFolder, Store, read_json, write_json
+from supar_sweep.sweep.files import read_json, write_json
+from supar_sweep.sweep.records import Attempt, CellFolder, Store
 from supar_sweep.sweep.status import cell_state
 
 ID = "0123456789abcdef"

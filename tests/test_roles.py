@@ -167,11 +167,16 @@ def test_numbers_do_not_depend_on_the_device() -> None:
 
 def test_seeds_and_names_decide_the_noise() -> None:
     same, again, other = Net(), Net(), Net()
-    plan(same, seed=3)
-    plan(again, seed=3)
-    plan(other, seed=4)
+    plan(same, seed=3, density=0.25)
+    plan(again, seed=3, density=0.25)
+    plan(other, seed=4, density=0.25)
     assert torch.equal(same.up.weight, again.up.weight)
-    assert not torch.equal(same.up.weight, other.up.weight)
+    assert not torch.equal(same.table.weight, other.table.weight)
+    masks = [named_masks(net) for net in (same, again, other)]
+    for name in ("up.weight", "down.weight"):
+        assert torch.equal(masks[0][name], masks[1][name])
+        assert not torch.equal(masks[0][name], masks[2][name])
+    assert not torch.equal(masks[0]["up.weight"], masks[0]["down.weight"].T)
     assert not torch.equal(same.table.weight[:, :50], same.head.weight[:50, :50])
 
 

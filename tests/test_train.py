@@ -1,11 +1,10 @@
-"""One cell's training: the same bits again, the settings in force, divergence, precision, stops."""
+"""One cell's training: the same bits again, the settings in force, divergence, precision, wrong starts."""
 
 from __future__ import annotations
 
 import math
 import re
 import shutil
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -13,67 +12,24 @@ import torch
 import torch.nn.functional as F
 
 from supar_sweep.config.schema import CellConfig
-from supar_sweep.errors import CheckpointError, ConfigError, DataError
+from supar_sweep.errors import ConfigError, DataError
 from supar_sweep.sparse.linear import named_masks
+from supar_sweep.sparse.noise import normal_block
 from supar_sweep.training import train as train_module
 from supar_sweep.training.corpus import Corpus, load_corpus
 from supar_sweep.training.data import batch, val_batches
-from supar_sweep.training.member import Outcome
 from supar_sweep.training.optim import lr_factor
+from supar_sweep.training.tags import tag
 from supar_sweep.training.train import Trainer, pick_device, train
+from tests.short_runs import ListSink, run
 from tests.tiny import tiny_cell, tiny_runtime
 
 CPU = torch.device("cpu")
 
 
-class ListSink:
-    """A sink that keeps what it gets."""
-
-    def __init__(self) -> None:
-        self.lines: list[dict[str, Any]] = []
-        self.saved: dict[int, Any] = {}
-        self.warned: list[str] = []
-        self.begun: dict[str, Any] = {}
-
-    def begin(self, step: int, **info: Any) -> None:
-        self.begun = {"step": step, **info}
-
-    def log(self, **values: Any) -> None:
-        self.lines.append(values)
-
-    def save(self, step: int, state: Mapping[str, Any]) -> None:
-        # as a file would: what is saved no longer changes with the run
-        self.saved[step] = {**torch_copy(state), "step": step}
-
-    def warn(self, message: str) -> None:
-        self.warned.append(message)
-
-    def losses(self) -> list[float]:
-        return [line["loss"] for line in self.lines if "loss" in line]
-
-
-def torch_copy(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    if isinstance(value, Mapping):
-        return {key: torch_copy(item) for key, item in value.items()}
-    return [torch_copy(item) for item in value] if isinstance(value, list) else value
-
-
 @pytest.fixture(scope="module")
 def corpus() -> Corpus:
     return load_corpus(tiny_cell().data)
-
-
-def run(
-    corpus: Corpus,
-    cell: CellConfig | None = None,
-    runtime: Mapping[str, Any] | None = None,
-    **keywords: Any,
-) -> tuple[Outcome, ListSink]:
-    sink = ListSink()
-    outcome = train(cell or tiny_cell(), tiny_runtime(**(runtime or {})), corpus, sink=sink, **keywords)
-    return outcome, sink
 
 
 def test_the_same_cell_gives_the_same_bits_and_learns(corpus: Corpus) -> None:
@@ -86,6 +42,30 @@ def test_the_same_cell_gives_the_same_bits_and_learns(corpus: Corpus) -> None:
     assert losses[-1] < losses[0] - 0.5
     other, _ = run(corpus, tiny_cell(seed=1))
     assert other.train_loss != outcome.train_loss
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"parameterization": "sp"},
+        {"parameterization": "mup"},
+        {"model.width": 64},
+        {"density": 1.0},
+        {"hparams.lr": 0.1},
+        {"model.n_layer": 1},
+    ],
+    ids=lambda overrides: next(iter(overrides)),
+)
+def test_every_cell_of_a_seed_reads_the_same_batches(overrides: dict[str, Any], corpus: Corpus) -> None:
+    def batches(cell: CellConfig) -> list[Any]:
+        trainer, read = Trainer(cell, tiny_runtime(), CPU, None), []
+        trainer.model.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].tolist()))
+        for step in range(2):
+            trainer.step(corpus, step)
+        return read
+
+    assert batches(tiny_cell(**overrides)) == batches(tiny_cell())
+    assert batches(tiny_cell(**overrides, seed=1)) != batches(tiny_cell())
 
 
 def test_metrics_and_summary_are_what_they_say(corpus: Corpus) -> None:
@@ -231,6 +211,7 @@ def test_a_route_without_effect_is_an_error_and_auto_takes_torchs(precision: str
 
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++"))), reason="no C++ compiler")
+@pytest.mark.skipif(" " in torch.__file__, reason="torch.compile does not quote the path of torch, which has a space")
 def test_compiled_is_the_same_to_rounding(corpus: Corpus) -> None:
     _, plain = run(corpus)
     outcome, compiled = run(corpus, runtime={"compile": True})
@@ -254,89 +235,6 @@ def test_a_failing_compiler_is_a_warning(corpus: Corpus, monkeypatch: pytest.Mon
     assert warning.startswith("runtime.compile: torch.compile failed here")
 
 
-# ---------------------------------------------------------------- stop and resume
-
-
-@pytest.mark.parametrize("stop_after", [0, 1, 7, 11])
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        {},
-        {"optimizer": {"name": "sgd", "decay_mode": "scaled", "clip_norm": 1.0, "momentum": 0.9}},
-        {"train.precision": "bfloat16", "density": 1.0},
-    ],
-    ids=["adamw", "sgd", "bfloat16"],
-)
-def test_a_stopped_run_goes_on_as_if_it_never_stopped(
-    stop_after: int, overrides: dict[str, Any], corpus: Corpus
-) -> None:
-    cell = tiny_cell(**overrides, **{"train.eval_every_steps": 4})
-    whole, whole_sink = run(corpus, cell)
-    answers = iter([None] * stop_after + ["timeout"])
-    stopped, first = run(corpus, cell, should_stop=lambda: next(answers))
-    assert (stopped.end, stopped.steps_done) == ("timeout", stop_after)
-    assert stopped.train_loss is None
-    assert list(first.saved) == ([stop_after] if stop_after else [])
-    # other threads and route are asked for: the checkpoint's stay
-    done, second = run(
-        corpus,
-        cell,
-        {"threads": 2, "route": "auto"} if stop_after else {},
-        resume=first.saved.get(stop_after),
-    )
-    assert (second.begun["step"], second.begun["threads"]) == (stop_after, 1)
-    assert second.begun["route"] == "torch"
-    assert first.lines + second.lines == whole_sink.lines
-    assert (done.train_loss, done.val_loss) == (whole.train_loss, whole.val_loss)
-    assert done.last_finite_loss == whole.last_finite_loss
-    assert done.facts["train_s"] > (first.saved[stop_after]["train_s"] if stop_after else 0)
-
-
-def test_a_run_that_was_killed_after_its_last_checkpoint_only_reports(corpus: Corpus) -> None:
-    whole, sink = run(corpus, runtime={"checkpoint_every_steps": 12})
-    done, second = run(corpus, resume=sink.saved[12])
-    assert (done.train_loss, done.val_loss) == (whole.train_loss, whole.val_loss)
-    assert not second.lines
-
-
-@pytest.mark.parametrize(
-    ("cadence", "steps"),
-    [
-        ({"checkpoint_every_steps": 5}, [5, 10]),
-        ({"checkpoint_every_s": 0.0}, list(range(1, 13))),
-        ({"checkpoint_every_s": 1e6}, []),
-        ({}, []),
-    ],
-)
-def test_checkpoint_cadence_changes_no_number(cadence: dict[str, Any], steps: list[int], corpus: Corpus) -> None:
-    _, sink = run(corpus, runtime=cadence)
-    assert list(sink.saved) == steps
-    assert sink.lines == run(corpus)[1].lines
-
-
-def saved_state(corpus: Corpus) -> Any:
-    return run(corpus, runtime={"checkpoint_every_steps": 5})[1].saved[5]
-
-
-def test_a_checkpoint_with_other_masks_is_refused(corpus: Corpus) -> None:
-    state = saved_state(corpus)
-    for other in ({"seed": 1}, {"density": 0.5}, {"layer_density": "er"}):
-        with pytest.raises(CheckpointError, match="step 5 has other masks"):
-            run(corpus, tiny_cell(**other), resume=state)
-    # the hash says one thing, the stored mask another
-    name = "blocks.0.mlp.up.weight_mask"
-    state["model"][name] = ~state["model"][name]
-    with pytest.raises(CheckpointError, match="masks stored in the checkpoint at step 5"):
-        run(corpus, resume=state)
-
-
-def test_a_checkpoint_of_another_shape_is_refused(corpus: Corpus) -> None:
-    state = saved_state(corpus)
-    del state["model"]["head.weight"]
-    with pytest.raises(CheckpointError, match=r"step 5 is of another model"):
-        run(corpus, resume=state)
-
-
 # ---------------------------------------------------------------- divergence
 
 
@@ -349,6 +247,17 @@ def test_a_huge_lr_diverges_with_a_finite_last_loss(lr: float, corpus: Corpus) -
     assert math.isfinite(outcome.last_finite_loss)
     assert outcome.train_loss is None
     assert not [line for line in sink.lines if "val_loss" in line]
+
+
+def test_a_last_update_that_breaks_the_model_is_divergence(corpus: Corpus) -> None:
+    # every training loss is finite, and yet there is no model left
+    cell = tiny_cell(
+        schedule={"name": "constant", "warmup_steps": 0},
+        **{"hparams.lr": 1e38, "train.steps": 1, "train.summary_last_steps": 1},
+    )
+    outcome, sink = run(corpus, cell)
+    assert math.isfinite(sink.losses()[0])
+    assert (outcome.end, outcome.train_loss, outcome.val_loss) == ("diverged", None, None)
 
 
 @pytest.mark.parametrize("read_steps", [3, 5, 100])
@@ -369,6 +278,27 @@ def test_a_corpus_shorter_than_a_batch_is_refused_before_anything_is_built() -> 
     short = Corpus("text", 256, short.train[:64], short.val, "x", 64)
     with pytest.raises(DataError, match=r"64 tokens.*= 65"):
         run(short)
+
+
+def test_a_wrong_start_stops_the_run_before_its_first_step(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = normal_block
+    monkeypatch.setattr("supar_sweep.training.roles.normal_block", lambda *args: real(*args) * 1.1)
+    sink = ListSink()
+    with pytest.raises(ConfigError, match=r"^embedding\.tokens\.weight: starts with the wrong standard deviation"):
+        train(tiny_cell(), tiny_runtime(), corpus, sink=sink)
+    assert not sink.lines
+
+
+def test_a_missing_role_stops_the_run_before_its_first_step(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = tag
+    without = "hidden_residual"
+    monkeypatch.setattr(
+        "supar_sweep.training.model.tag", lambda *a, **more: None if a[2] == without else real(*a, **more)
+    )
+    sink = ListSink()
+    with pytest.raises(ConfigError, match=r"^blocks\.0\.attention\.out\.weight: has no role"):
+        train(tiny_cell(), tiny_runtime(), corpus, sink=sink)
+    assert not sink.lines
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

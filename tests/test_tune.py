@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from optuna.storages.journal import JournalFileOpenLock
 
 from supar_sweep.config.schema import CellConfig
 from supar_sweep.config.study import StudyConfig
 from supar_sweep.errors import BusyError, ConfigError, SuparError
 from supar_sweep.sweep.identity import cell_id
-from supar_sweep.sweep.sampling import make_sampler
+from supar_sweep.sweep.sampling import make_sampler, mend_journal
 from supar_sweep.sweep.trainer import CellEnd
 from supar_sweep.sweep.tune import tune
 from supar_sweep.sweep.winner import load_winner
@@ -224,6 +226,7 @@ def test_best_yaml_carries_its_lineage_and_reads_back(tmp_path: Path) -> None:
     winner = run(tmp_path, Basin())
     read = load_winner(tmp_path / "best.yaml")
     assert read.hparams == winner.hparams
+    assert read.base == winner.base == proxy().base is not None
     assert read.lineage["study"] == "proxy"
     assert read.lineage["data"]["fingerprint"] == FINGERPRINT
     assert read.lineage["proxy"]["train"]["steps"] == proxy().train.steps
@@ -238,6 +241,16 @@ def test_a_bad_best_yaml_names_what_is_wrong(tmp_path: Path) -> None:
     path.write_text("hparams: {lr: 0.1}\n")
     with pytest.raises(ConfigError, match=r"hparams\.init_std: is missing"):
         load_winner(path)
+    values = yaml.safe_dump({"hparams": run(tmp_path, Basin()).hparams.__dict__})
+    for more, message in (
+        ("bas: {width: 64, n_layer: 2}", r"bas: unknown key in .*did you mean 'base'"),
+        ("base: {width: 64}", r"base\.n_layer: is missing"),
+        ("base: 64", r"base: must be a mapping"),
+        ("base: {width: 64, n_layer: 2}\nlineage: {proxy: {base: {width: 32, n_layer: 2}}}", "contradicts"),
+    ):
+        path.write_text(f"{values}{more}\n")
+        with pytest.raises(ConfigError, match=message):
+            load_winner(path)
     path.write_text("- 1\n")
     with pytest.raises(ConfigError, match="no mapping"):
         load_winner(path)
@@ -266,6 +279,15 @@ def test_a_killed_coordinator_is_taken_over(tmp_path: Path, torn: bool) -> None:
     run(folder, Basin())
     # the trials it had asked for are told, none is lost or asked twice, and the study is the one of an undisturbed run
     assert values(folder) == values(tmp_path / "whole")
+
+
+def test_the_lock_of_a_killed_writer_is_dropped(tmp_path: Path) -> None:
+    run(tmp_path, Basin())
+    before = set(tmp_path.iterdir())
+    JournalFileOpenLock(str(tmp_path / "journal.log")).acquire()
+    assert set(tmp_path.iterdir()) > before
+    mend_journal(tmp_path / "journal.log")
+    assert set(tmp_path.iterdir()) == before
 
 
 def test_two_coordinators_of_one_study(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,14 +29,15 @@ _VALUED = (
     *("--config-name", "-cn", "--info", "-i", "--experimental-rerun"),
 )
 
-_REPLACED = re.compile(r"(experiment\.(?:axes|by|zipped)\b[^=]*)=(.*)", re.DOTALL)
+_REPLACED = re.compile(r"(experiment\.(?:axes|by|zipped)\b[^=]*|study\.space(?:\.\w+)?)=(.*)", re.DOTALL)
 
 
 def hydra_words(word: str, does: str, words: Sequence[str]) -> list[str]:
     """Return what Hydra is to parse: flags, the user's overrides (some respelled), our defaults.
 
     - `hparams=path/to/best.yaml` loads a file, where Hydra knows groups only;
-    - `experiment.axes.lr=[...]` adds the axis or replaces it, where Hydra would merge or refuse.
+    - `experiment.axes.lr=[...]` adds the axis or replaces it, where Hydra would merge or refuse;
+      so does `study.space={...}`.
 
     Args:
         word: the command.
@@ -86,13 +88,17 @@ def from_hydra(word: str, task: Callable[[Settings], int]) -> int:
     codes: list[int] = []
     stopped: list[Exception] = []
 
+    entered = False
+
     def call(config: DictConfig) -> None:
         from hydra.core.hydra_config import HydraConfig
 
+        nonlocal entered
+        entered = True
         try:
             settings = Settings.read(word, config, tuple(HydraConfig.get().overrides.task))
             codes.append(task(settings))
-        except (SuparError, OmegaConfBaseException) as error:
+        except (SuparError, OSError, OmegaConfBaseException) as error:
             stopped.append(error)  # Hydra would print "Error executing job" above it
 
     try:
@@ -100,7 +106,10 @@ def from_hydra(word: str, task: Callable[[Settings], int]) -> int:
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=word)(call)()
         if stopped:
             raise stopped[0]
-    except (HydraException, OmegaConfBaseException) as error:
+    except Exception as error:
+        # before the task, whatever it is comes of the words or of a file of settings
+        if entered and not isinstance(error, (HydraException, OmegaConfBaseException)):
+            raise
         raise _teach(error, word) from None
     except SystemExit as end:  # --help, --cfg, or a flag that does not exist
         return end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -133,6 +142,9 @@ def _raising() -> Iterator[None]:
 
 def _teach(error: Exception, word: str) -> SuparError:
     """Return Hydra's error as ours: the key, the value, what is allowed, the nearest name."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
     text = str(error)
     missing = getattr(error, "missing_cfg_file", None)
     if missing is not None:
@@ -148,6 +160,12 @@ def _teach(error: Exception, word: str) -> SuparError:
         return _unknown_key(match[1].partition("@")[0], word)
     if "Missing mandatory value" in text:
         return ConfigError(str(getattr(error, "full_key", None) or word), "must be set")
+    if not isinstance(error, (HydraException, OmegaConfBaseException)):
+        for key, _, value in (each.partition("=") for each in sys.argv[1:]):
+            options = sorted(path.stem for path in (conf_dir() / key).glob("*.yaml")) if key.isalpha() else []
+            if options and (value == "null" or not re.fullmatch(r"[\w./-]+", value)):
+                return ConfigError(key, "must be one of its options", value=value, allowed=options)
+        return SuparError(f"cannot read the settings: {' '.join(text.split()) or type(error).__name__}")
     lines = [each.strip() for each in text.splitlines() if each.strip()] or [type(error).__name__]
     if "Ambiguous value" in lines[0]:
         return SuparError(f"{lines[0]}; several values are an axis: experiment.axes.KEY=[...]")

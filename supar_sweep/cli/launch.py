@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from supar_sweep.errors import ConfigError
 from supar_sweep.sweep.grid import GridPoint
 from supar_sweep.sweep.jobs import Launcher
 from supar_sweep.sweep.submission import Experiment, Plan, PlannedCell, make_plan, provenance
+from supar_sweep.training.corpus import check_files, fingerprint, resolve
 from supar_sweep.training.cost import flops_per_step
 from supar_sweep.training.environment import versions
 
@@ -75,16 +76,16 @@ def freeze(settings: Settings) -> Grid:
 
     Raises:
         ConfigError, GridError: settings or cells that cannot be.
-        DataError: data that is missing or unreadable.
+        DataError: data that is missing, unreadable, or shorter than a batch.
     """
-    from supar_sweep.training.corpus import fingerprint, resolve
-
     name, runtime = settings.experiment, settings.runtime()
     launcher_config(settings)  # wrong settings of it come to light before anything starts
     found: dict[DataConfig, DataConfig] = {}
     points = []
     for point in settings.points():
-        data = found.setdefault(point.cell.data, resolve(point.cell.data))
+        if point.cell.data not in found:
+            found[point.cell.data] = resolve(point.cell.data)
+        data = found[point.cell.data]
         same = data == point.cell.data
         points.append(point if same else GridPoint(point.axes, replace(point.cell, data=data)))
     plan = make_plan(
@@ -95,7 +96,22 @@ def freeze(settings: Settings) -> Grid:
         provenance=submission_facts(settings),
     )
     cells = {row["cell_id"]: point.cell for row, point in zip(plan.points, points, strict=True)}
+    check_corpora(cells.values())
     return Grid(plan, cells)
+
+
+def check_corpora(cells: Iterable[CellConfig]) -> None:
+    """Raise DataError for the first cell whose corpus is shorter than its batch or evaluation.
+
+    A training function of the user's own may make do with less.
+    """
+    asked = {
+        (cell.data, cell.train.batch_seqs, cell.model.context_tokens, cell.train.eval_seqs): None
+        for cell in cells
+        if cell.train.target is None
+    }
+    for data, batch_seqs, context_tokens, eval_seqs in asked:
+        check_files(data, batch_seqs=batch_seqs, context_tokens=context_tokens, eval_seqs=eval_seqs)
 
 
 def submission_facts(settings: Settings) -> dict[str, Any]:

@@ -7,6 +7,7 @@ Errors that are meant for people are one line on stderr. Exit codes: 0 done, 1 s
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,8 @@ from supar_sweep.errors import ConfigError, SuparError
 
 PROGRAM = "supar-sweep"
 WRONG_REQUEST, INTERRUPTED = 2, 130
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
+"""The machine's no, wherever it is met (in Optuna's journal, say): no bug, so no traceback."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # the reader of a pipe (head) has left; keep the interpreter's last flush from saying so
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        where = f"{error.filename}: " if error.filename else "cannot write: "
+        return _fail(f"{where}{error.strerror}; nothing that was recorded is lost, the same command continues")
 
 
 def usage() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,34 @@ from supar_sweep.cli.launch import experiment_of
 from supar_sweep.cli.output import emit, say
 from supar_sweep.cli.rooms import room
 from supar_sweep.cli.settings import Settings
+from supar_sweep.config.decode import decode
+from supar_sweep.config.schema import check_ranges, setting
 from supar_sweep.sweep.status import rows
 
 
 def plot(settings: Settings) -> int:
     """Draw the grid's LR basins, write its verdict, print the verdict's table; return 0."""
+    metric = metric_of(settings)
     experiment = experiment_of(settings)
     frozen = experiment.plan()
     note_unread(settings)
-    metric = settings.plain["plot"]["metric"]
     emit_verdict(draw(rows(experiment, frozen), experiment.folder, metric), settings.format)
     return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotConfig:
+    """conf/_plot.yaml."""
+
+    metric: str = setting("what is drawn over lr", choices=("train_loss", "val_loss"))
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+def metric_of(settings: Settings) -> str:
+    """Return which loss is drawn. Raises ConfigError for settings of `plot` that do not exist."""
+    return decode(PlotConfig, settings.plain["plot"], prefix="plot").metric
 
 
 def draw(records: list[dict[str, Any]], folder: Path, metric: str) -> list[Any]:

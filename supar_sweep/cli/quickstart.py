@@ -5,19 +5,22 @@ from __future__ import annotations
 from dataclasses import replace
 
 from supar_sweep.cli.grid import run_grid
-from supar_sweep.cli.launch import experiment_of, make_launcher
+from supar_sweep.cli.launch import experiment_of, freeze, make_launcher
 from supar_sweep.cli.output import say
-from supar_sweep.cli.plot import draw, emit_verdict
+from supar_sweep.cli.plot import draw, emit_verdict, metric_of
 from supar_sweep.cli.settings import Settings
 from supar_sweep.cli.transfer import say_remapped
-from supar_sweep.cli.tune import study
+from supar_sweep.cli.tune import checked_proxy, study
 from supar_sweep.config.decode import encode
 from supar_sweep.sweep.status import rows
 
 
 def quickstart(settings: Settings) -> int:
     """Run the whole main job on this machine; a second call finds all done and only redraws. Returns the exit code."""
-    settings.points()  # bad settings are an error now, not after the search
+    # bad settings are an error now, not after the search
+    metric = metric_of(settings)
+    freeze(settings)
+    checked_proxy(settings)
     with make_launcher(settings) as launcher:
         say("1/4  tuning the dense proxy")
         winner = study(settings, launcher)
@@ -30,7 +33,7 @@ def quickstart(settings: Settings) -> int:
         return code
     say("4/4  drawing")
     experiment = experiment_of(tuned)
-    entries = draw(rows(experiment, experiment.plan()), experiment.folder, tuned.plain["plot"]["metric"])
+    entries = draw(rows(experiment, experiment.plan()), experiment.folder, metric)
     emit_verdict(entries, settings.format)
     say(f"figure   {experiment.folder / 'lr_basins.png'}")
     say(f"table    {experiment.folder / 'verdict.json'}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from supar_sweep.cli.idle import refuse_swept
 from supar_sweep.config.decode import decode
 from supar_sweep.config.schema import CellConfig, RuntimeConfig
 from supar_sweep.config.study import StudyConfig
@@ -48,11 +49,15 @@ class Settings:
 
         plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         added = [text.lstrip("+").partition("=")[0] for text in overrides if text.startswith("+")]
-        for key in added:
-            top = key.partition(".")[0].partition("@")[0]
-            if top in plain and top not in (*CELL_KEYS, *SECTIONS):
-                known = [name for name in plain if name in (*CELL_KEYS, *SECTIONS)]
-                raise ConfigError(top, "unknown key", allowed=known, nearest_to=top)
+        added_tops = {key.partition(".")[0].partition("@")[0] for key in added}
+        own = (*CELL_KEYS, *OUTPUT, *READS.get(command, ()))
+        for top in dict.fromkeys(key.partition(".")[0].partition("@")[0] for key in (*added, *plain)):
+            # a file of settings may serve several commands; what is typed is meant for this one
+            if top in plain and top not in (own if top in added_tops else (*CELL_KEYS, *SECTIONS)):
+                raise ConfigError(top, f"unknown key for {command}", allowed=own, nearest_to=top)
+        for name, missing in (("runs_dir", False), ("hparams_file", True)):
+            if not (isinstance(plain.get(name), str) or (missing and plain.get(name) is None)):
+                raise ConfigError(name, "must be a path", value=plain.get(name))
         allowed = (*FORMATS, *FURTHER_FORMATS.get(command, ()))
         if plain["format"] not in allowed:
             raise ConfigError("format", f"no such format of {command}", value=plain["format"], allowed=allowed)
@@ -106,8 +111,16 @@ class Settings:
         return decode(GridSpec, spec, prefix="experiment")
 
     def points(self) -> list[GridPoint]:
-        """Return every cell of the grid. Raises GridError for invalid ones, all at once."""
-        return enumerate_grid(self.cell_plain(), self.grid())
+        """Return every cell of the grid.
+
+        Raises:
+            GridError: invalid cells, all at once.
+            ConfigError: a typed setting that an axis replaces everywhere.
+        """
+        spec = self.grid()
+        points = enumerate_grid(self.cell_plain(), spec)
+        refuse_swept(self.given(), spec, points, tunes="study" in self.plain)
+        return points
 
     def given(self, *sections: str) -> tuple[str, ...]:
         """Return the keys set on the command line, those in `sections` only (default: all)."""
@@ -115,11 +128,23 @@ class Settings:
         return tuple(key for key in keys if not sections or key.replace("/", ".").partition(".")[0] in sections)
 
 
-SECTIONS = (
-    *("hparams_file", "runs_dir", "format", "experiment", "launcher", "runtime"),
-    *("study", "size", "target", "show", "plot", "by"),
-)
-"""The top-level keys beside a cell's own."""
+OUTPUT = ("hparams_file", "tuned_at", "runs_dir", "format")
+_GRID = ("experiment", "launcher", "runtime")
+READS = {
+    "quickstart": (*_GRID, "study", "plot"),
+    "tune": ("launcher", "runtime", "study"),
+    "transfer": ("target",),
+    "rules": ("show",),
+    "plan": _GRID,
+    "run": _GRID,
+    "status": (*_GRID, "by"),
+    "cancel": _GRID,
+    "plot": (*_GRID, "plot"),
+}
+"""The top-level keys of each command, beside a cell's own and OUTPUT."""
+
+SECTIONS = tuple(dict.fromkeys((*OUTPUT, *(key for keys in READS.values() for key in keys))))
+"""The top-level keys beside a cell's own, of any command."""
 
 FURTHER_FORMATS = {"transfer": ("yaml",), "rules": ("markdown",)}
 """Formats that a command has besides those of every table."""
@@ -138,8 +163,7 @@ def _with_hparams(plain: dict[str, Any], winner: Winner, overrides: tuple[str, .
             allowed="one of them",
         )
     loaded = encode(winner.hparams)
-    base = (winner.lineage.get("proxy") or {}).get("base")
-    for section, values in (("hparams", loaded), ("base", base)):
+    for section, values in (("hparams", loaded), ("base", encode(winner.base))):
         if values is not None:
             kept = {name: plain[section][name] for name in values if f"{section}.{name}" in typed}
             plain = {**plain, section: {**values, **kept}}

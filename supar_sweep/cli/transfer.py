@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from supar_sweep.cli.idle import refuse_for_transfer
 from supar_sweep.cli.output import emit, say
 from supar_sweep.cli.settings import Settings
 from supar_sweep.config.decode import decode, encode
@@ -45,6 +46,7 @@ class Target:
 
 def transfer(settings: Settings) -> int:
     """Print what a target is trained with; return 0."""
+    refuse_for_transfer(settings.given(), settings.plain)
     cell = target_cell(settings)
     match settings.format:
         case "json":
@@ -218,11 +220,13 @@ def fixed_settings(cell: CellConfig) -> dict[str, Any]:
     train, schedule = cell.train, cell.schedule
     return {
         "tokens": train.steps * train.batch_seqs * cell.model.context_tokens,
-        "batch (tokens)": train.batch_seqs * cell.model.context_tokens,
+        "batch_tokens": train.batch_seqs * cell.model.context_tokens,
         "schedule": schedule.name,
         "final_lr_fraction": schedule.final_lr_fraction,
-        "warm-up (share of steps)": round(schedule.warmup_steps / train.steps, 3),
-        "d_head": cell.model.d_head,
+        "warmup_share": round(schedule.warmup_steps / train.steps, 3),
+        **{name: value for name, value in encode(cell.model).items() if name not in ("width", "n_layer")},
+        "depth": cell.depth,
+        "depth_alpha": cell.depth_alpha,
         "data": cell.data.name,
         "optimizer": encode(replace(cell.optimizer, clip_norm=None)),
         "clip_norm": cell.optimizer.clip_norm,
@@ -232,9 +236,7 @@ def fixed_settings(cell: CellConfig) -> dict[str, Any]:
 def held_fixed(cell: CellConfig) -> list[str]:
     """Return what the user must keep the same between proxy and target, as lines of text."""
     fixed = fixed_settings(cell)
-    shown = ", ".join(
-        f"{name} {fixed[name]}" for name in ("tokens", "batch (tokens)", "schedule", "warm-up (share of steps)")
-    )
+    shown = ", ".join(f"{name} {fixed[name]}" for name in ("tokens", "batch_tokens", "schedule", "warmup_share"))
     return [f"hold fixed from the proxy to the target: {shown}; and the data, d_head, the optimizer"]
 
 
@@ -246,19 +248,39 @@ def warnings(cell: CellConfig, settings: Settings) -> list[str]:
         settings: with the lineage of the hyperparameters, where they came from a file.
     """
     found: list[str] = []
-    lineage: Mapping[str, Any] = settings.winner.lineage if settings.winner else {}
-    if lineage.get("proxy"):
-        proxy = decode(CellConfig, lineage["proxy"], prefix="lineage.proxy")
-        before, now = fixed_settings(proxy), fixed_settings(cell)
-        found += [
-            f"{name}: {before[name]} at the proxy, {now[name]} at the target"
-            for name in now
-            if before[name] != now[name]
-        ]
-        if proxy.base != cell.base:
-            found.append(f"base: tuned in units of {encode(proxy.base)}, used with {encode(cell.base)}")
-    elif settings.winner:
+    winner, now = settings.winner, fixed_settings(cell)
+    tuned_at: Mapping[str, Any] = (winner.tuned_at if winner else settings.plain.get("tuned_at")) or {}
+    if winner and winner.lineage.get("proxy"):
+        proxy = decode(CellConfig, winner.lineage["proxy"], prefix="lineage.proxy")
+        found += _departures(fixed_settings(proxy), now)
+        if (proxy.parameterization == "sp") != (cell.parameterization == "sp"):
+            found.append(f"tuned with {proxy.parameterization}, which is no base for {cell.parameterization}")
+    elif tuned_at:
+        for name in tuned_at:
+            if name not in now:
+                raise ConfigError(f"tuned_at.{name}", "unknown key", allowed=tuple(now), nearest_to=str(name))
+        found += _departures(tuned_at, now)
+        found.append(f"not known of the proxy: {', '.join(name for name in now if name not in tuned_at)}")
+    elif winner:
         found.append("the file says nothing of its proxy, so nothing could be compared")
+    if winner and winner.base is None:
+        found.append(f"the file names no base, so its numbers are taken to be in units of {encode(cell.base)}")
+    elif winner and winner.base != cell.base:
+        found.append(f"base: tuned in units of {encode(winner.base)}, used with {encode(cell.base)}")
     if cell.ratios().m_L != 1 and cell.depth != "completep":
         found.append(f"m_L = {cell.ratios().m_L:g}: only depth=completep carries learning rates over depth")
     return found
+
+
+def _departures(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return a line for each setting known of the proxy that the target has otherwise (numbers: by more than 1%)."""
+
+    def same(one: Any, other: Any) -> bool:
+        numbers = isinstance(one, int | float) and isinstance(other, int | float)
+        return math.isclose(one, other, rel_tol=0.01) if numbers else bool(one == other)
+
+    return [
+        f"{name}: {before[name]} at the proxy, {now[name]} at the target"
+        for name in now
+        if name in before and not same(before[name], now[name])
+    ]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from supar_sweep.cli.launch import make_launcher, submission_facts
+from supar_sweep.cli.idle import refuse_for_proxy
+from supar_sweep.cli.launch import check_corpora, make_launcher, submission_facts
 from supar_sweep.cli.output import emit, say
 from supar_sweep.cli.progress import Live
 from supar_sweep.cli.settings import Settings
@@ -13,18 +15,34 @@ from supar_sweep.config.schema import CellConfig
 from supar_sweep.sweep.jobs import Launcher
 from supar_sweep.sweep.records import Store
 from supar_sweep.sweep.trainer import CellTrainer
-from supar_sweep.sweep.tune import proxy_of
+from supar_sweep.sweep.tune import check_study, proxy_of
 from supar_sweep.sweep.tune import tune as run_study
 from supar_sweep.sweep.winner import Winner
+from supar_sweep.training.corpus import fingerprint, resolve
 
 
 def tune(settings: Settings) -> int:
     """Search the proxy's hyperparameters up to the study's total budget, print the winner; return 0."""
+    refuse_for_proxy(settings.given(), settings.cell())
     with make_launcher(settings) as launcher:
         winner = study(settings, launcher)
     emit(winner_rows(winner), format=settings.format, title=f"study {settings.study().name}")
     say(f"wrote {settings.study_dir() / 'best.yaml'}")
     return 0
+
+
+def checked_proxy(settings: Settings) -> tuple[CellConfig, str]:
+    """Return the proxy of the settings' study and its data's fingerprint, after a look at all that can be wrong.
+
+    Raises:
+        ConfigError, DataError: what is wrong.
+    """
+    proxy = proxy_of(settings.cell())
+    proxy = replace(proxy, data=resolve(proxy.data))
+    check_study(settings.study(), proxy)
+    found = fingerprint(proxy.data)
+    check_corpora([proxy])
+    return proxy, found
 
 
 def study(settings: Settings, launcher: Launcher) -> Winner:
@@ -34,13 +52,7 @@ def study(settings: Settings, launcher: Launcher) -> Winner:
         settings: the study, and the cell whose base shape is its proxy.
         launcher: who trains; the caller closes it.
     """
-    from dataclasses import replace
-
-    from supar_sweep.training.corpus import fingerprint, resolve
-
-    proxy: CellConfig = proxy_of(settings.cell())
-    proxy = replace(proxy, data=resolve(proxy.data))
-    print_of_data = fingerprint(proxy.data)
+    proxy, print_of_data = checked_proxy(settings)
     facts = submission_facts(settings)
     trainer = CellTrainer(
         Store(settings.runs_dir / "cells"),

@@ -72,6 +72,17 @@ def check_ranges(config: Any) -> None:
             raise ConfigError(item.name, "out of range", value=value, allowed=allowed)
 
 
+def check_folder_name(key: str, value: str) -> None:
+    """Raise ConfigError where a name cannot be a folder's own.
+
+    Args:
+        key: what it is the name of, as the user would type it.
+        value: the name.
+    """
+    if not value.strip() or "/" in value or value.startswith("."):
+        raise ConfigError(key, "is no name", value=value, allowed="a folder name: no slash, no dot in front")
+
+
 def require_only(config: Any, mode_key: str, used: dict[str, tuple[str, ...]]) -> None:
     """Raise ConfigError where a field that the chosen mode needs is missing, or one that it does not read is set.
 
@@ -262,6 +273,7 @@ class CellConfig:
                 "depth_alpha",
                 "must be set when depth is completep, and null otherwise",
                 value=self.depth_alpha,
+                allowed="0.5 .. 1 with depth=completep, else null",
             )
         if self.base is None and (self.parameterization != "sp" or self.sp_start != "own" or completep):
             raise ConfigError(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from supar_sweep.config.schema import check_ranges, setting
+from supar_sweep.config.schema import check_folder_name, check_ranges, setting
 from supar_sweep.errors import ConfigError
 from supar_sweep.rules.hparams import HParams
+
+LARGEST_LOG2 = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,11 @@ class Interval:
     high_log2: float = setting("upper end")
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.low_log2) and self.low_log2 < self.high_log2):
+        for name in ("low_log2", "high_log2"):
+            # beyond, 2^x is 0 or infinite in the arithmetic of the search
+            if not abs(value := getattr(self, name)) <= LARGEST_LOG2:
+                raise ConfigError(name, "out of range", value=value, allowed=f"-{LARGEST_LOG2} .. {LARGEST_LOG2}")
+        if not self.low_log2 < self.high_log2:
             raise ConfigError("low_log2", f"must be below high_log2 = {self.high_log2}", value=self.low_log2)
 
 
@@ -43,6 +48,7 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        check_folder_name("name", self.name)
         names = [item.name for item in fields(HParams)]
         if not self.space:
             raise ConfigError("space", "is empty: nothing to search", allowed=names)
@@ -54,6 +60,13 @@ class StudyConfig:
                 "confirm_seeds",
                 f"and confirm_top_k = {self.confirm_top_k} must be set together",
                 value=list(self.confirm_seeds),
+            )
+        if len(set(self.confirm_seeds)) < len(self.confirm_seeds) or min(self.confirm_seeds, default=0) < 0:
+            raise ConfigError(
+                "confirm_seeds",
+                "must be different seeds",
+                value=list(self.confirm_seeds),
+                allowed="integers >= 0, each once",
             )
         self.intervals()
 

@@ -62,7 +62,7 @@ class Ratios:
     """A target measured in units of the base.
 
     Args:
-        m_d: width (fan_in) ratio, > 0.
+        m_d: width (fan_in) ratio, > 0; no default, because a forgotten one would be SP's logits and eps in silence.
         m_rho: density ratio, in (0, 1]; the base is dense, so this is the achieved density itself.
         m_L: depth ratio n_layer / base_n_layer, > 0.
         n_layer: the target's own depth (the GPT-2 depth rule is absolute, not a ratio), >= 1.
@@ -71,7 +71,7 @@ class Ratios:
         ConfigError: a value out of its range.
     """
 
-    m_d: float = 1.0
+    m_d: float
     m_rho: float = 1.0
     m_L: float = 1.0
     n_layer: int = 1

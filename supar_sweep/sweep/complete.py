@@ -170,6 +170,7 @@ class _Run:
         corrupt = []
         for this, state in self.states.items():
             if state.complete:
+                self.folders[this].sweep()
                 continue
             if state.state == "running":
                 self.elsewhere.add(this)

@@ -13,6 +13,7 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -67,7 +68,8 @@ def hold(path: Path, what: str) -> IO[str]:
         file.write(json.dumps(mine) + "\n")
         file.flush()
     except OSError as error:
-        file.close()
+        with suppress(OSError):  # on a full disk it fails again, and lets go of the lock all the same
+            file.close()
         raise RecordError(f"cannot lock {path}: {error.strerror}") from error
     except BusyError:
         file.close()

@@ -21,7 +21,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
 import shutil
 import socket
 import time
@@ -33,6 +32,7 @@ from typing import IO, Any, Literal
 
 from supar_sweep.errors import RecordError
 from supar_sweep.sweep import locks
+from supar_sweep.sweep.files import cannot_write, read_json, write_json
 
 RECORD_VERSION = 1
 End = Literal["done", "diverged", "oom", "timeout", "failed", "cancelled", "stale"]
@@ -40,58 +40,6 @@ COMPLETE_ENDS: tuple[End, ...] = ("done", "diverged")
 """Ends that are data: they publish a result. The others leave an end.json in their attempt and are
 tried again by `run`.
 """
-
-
-def write_json(path: Path, value: Mapping[str, Any], *, indent: int | None = 1) -> None:
-    """Write JSON so that a reader sees the old file or the whole new one, never a part.
-
-    Args:
-        path: target; its folder is made where it is missing.
-        value: plain values; NaN and infinities are refused (write null, and say why beside it).
-        indent: blanks a level; None = one line (ten times faster: for big files).
-
-    Raises:
-        RecordError: a full disk, a read-only folder.
-        ValueError: a NaN or an infinity.
-    """
-    text = json.dumps(value, indent=indent, sort_keys=True, allow_nan=False)
-    # the token keeps two hosts with the same pid apart
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise _cannot_write(path, error) from error
-
-
-def _cannot_write(path: Path, error: OSError) -> RecordError:
-    return RecordError(f"cannot write {path}: {error.strerror or error}")
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Return the file's mapping, or None where there is no file.
-
-    Raises:
-        RecordError: the file cannot be read, is torn or is no JSON mapping; the text names it.
-    """
-    try:
-        with path.open("rb") as file:
-            value = json.loads(file.read())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise RecordError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise RecordError(f"{path} is torn: {error}") from error
-    if not isinstance(value, dict):
-        raise RecordError(f"{path} is torn: it holds no mapping")
-    return value
 
 
 def finite(value: float | None) -> float | None:
@@ -177,7 +125,7 @@ class CellFolder:
         try:
             path.replace(aside)
         except OSError as error:
-            raise _cannot_write(aside, error) from error
+            raise cannot_write(aside, error) from error
         return aside
 
     def attempts(self) -> list[Path]:
@@ -218,10 +166,21 @@ class CellFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the cell's curve: the newest attempt's metrics, which a resumed attempt begins
-        with a copy of its past.
+        with a copy of its past. One that died before it began any hides none.
         """
-        attempts = self.attempts()
-        return list(_read_lines(attempts[-1] / "metrics.jsonl")) if attempts else []
+        files = (attempt / "metrics.jsonl" for attempt in reversed(self.attempts()))
+        newest = next((path for path in files if path.exists()), None)
+        return list(_read_lines(newest)) if newest else []
+
+    def sweep(self) -> None:
+        """Delete the checkpoints of a complete cell that a kill right after its publication left
+        behind; those that were asked for stay.
+        """
+        checkpoints = self.path / "checkpoints"
+        if not checkpoints.is_dir() or self.is_locked():
+            return
+        if (self.result() or {}).get("keep_checkpoints") is False:
+            shutil.rmtree(checkpoints, ignore_errors=True)
 
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -276,7 +235,7 @@ class Attempt:
             for leftover in self.cell.path.glob(".*.tmp"):  # of a writer killed between its two steps
                 leftover.unlink(missing_ok=True)
         except OSError as error:
-            raise _cannot_write(self.path, error) from error
+            raise cannot_write(self.path, error) from error
         if not (self.cell.path / "cell.json").exists():
             write_json(self.cell.path / "cell.json", cell_plain)
         self._started_s = time.time()
@@ -328,7 +287,7 @@ class Attempt:
             temporary.replace(self.path / "metrics.jsonl")
             self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
         except OSError as error:
-            raise _cannot_write(self.path, error) from error
+            raise cannot_write(self.path, error) from error
 
     def log(self, **values: Any) -> None:
         """Append one line of metrics; non-finite numbers become null. Call `flush` (checkpoints do)
@@ -339,7 +298,7 @@ class Attempt:
         try:
             self._metrics.write(json.dumps(clean, sort_keys=True, allow_nan=False) + "\n")
         except OSError as error:
-            raise _cannot_write(self.path, error) from error
+            raise cannot_write(self.path, error) from error
 
     def flush(self) -> None:
         """Make the metrics durable: called before each checkpoint, so that a checkpoint never knows
@@ -350,7 +309,7 @@ class Attempt:
                 self._metrics.flush()
                 os.fsync(self._metrics.fileno())
             except OSError as error:
-                raise _cannot_write(self.path, error) from error
+                raise cannot_write(self.path, error) from error
 
     def end(self, end: End, message: str = "", traceback: str = "") -> None:
         """Write how the attempt ended. A full disk must not hide the first error: it is swallowed.
@@ -381,7 +340,12 @@ class Attempt:
         self.flush()
         write_json(
             self.cell.path / "result.json",
-            {"record_version": RECORD_VERSION, **self.info, **result},
+            {
+                "record_version": RECORD_VERSION,
+                "keep_checkpoints": keep_checkpoints,
+                **self.info,
+                **result,
+            },
         )
         self.end(result["end"])
         if not keep_checkpoints:

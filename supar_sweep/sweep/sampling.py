@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from supar_sweep.errors import ConfigError
+from supar_sweep.errors import ConfigError, RecordError
 
 if TYPE_CHECKING:
     import optuna
@@ -46,11 +47,30 @@ def make_sampler(name: str, seed: int, n_asked: int) -> optuna.samplers.BaseSamp
 
 
 def mend_journal(journal: Path) -> None:
-    """Cut a torn last line: a coordinator killed in mid-write leaves one, and the next append would be glued to it."""
+    """Cut a torn last line and drop a left lock: a coordinator killed in mid-write leaves them.
+
+    The next append would be glued to the one and wait half a minute for the other. For the holder of the study's lock
+    only: nobody else's lock on the journal is alive then.
+
+    Raises:
+        RecordError: a journal that cannot be read, or is torn elsewhere, which no killed writer does.
+    """
     if not journal.exists():
         return
-    raw = journal.read_bytes()
+    try:
+        Path(f"{journal}.lock").unlink(missing_ok=True)  # JournalFileOpenLock's
+        raw = journal.read_bytes()
+    except OSError as error:
+        raise RecordError(f"cannot read {journal}: {error.strerror}") from error
     whole = raw[: raw.rfind(b"\n") + 1]
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            json.loads(line)
+        except ValueError as error:
+            raise RecordError(
+                f"{journal} is torn at line {number} ({error}); move it away and tune again: the study begins anew, "
+                "and trials whose cells are done are not trained twice"
+            ) from error
     if whole != raw:
         with journal.open("r+b") as file:
             file.truncate(len(whole))

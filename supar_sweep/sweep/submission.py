@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from supar_sweep.config.decode import encode
-from supar_sweep.config.schema import CellConfig, DataConfig, RuntimeConfig
+from supar_sweep.config.schema import CellConfig, DataConfig, RuntimeConfig, check_folder_name
 from supar_sweep.errors import ConfigError, RecordError, SuparError
 from supar_sweep.sweep import locks
+from supar_sweep.sweep.files import read_json, write_json
 from supar_sweep.sweep.identity import cell_id, label
-from supar_sweep.sweep.records import Store, read_json, write_json
+from supar_sweep.sweep.records import Store
 
 PLAN_VERSION = 1
 
@@ -151,9 +152,7 @@ class Experiment:
     name: str
 
     def __post_init__(self) -> None:
-        if not self.name or "/" in self.name or self.name.startswith("."):
-            allowed = "a folder name: no slash, no dot in front"
-            raise ConfigError("experiment.name", "is no name", value=self.name, allowed=allowed)
+        check_folder_name("experiment.name", self.name)
 
     @property
     def store(self) -> Store:
@@ -190,7 +189,10 @@ class Experiment:
             RecordError: the file is torn.
         """
         path = self.folder / "plan.json"
-        plain = read_json(path)
+        try:
+            plain = read_json(path)
+        except RecordError as error:
+            raise RecordError(f"{error}; `run` writes it anew") from error
         if plain is None:
             known = sorted(entry.parent.name for entry in self.runs.glob("experiments/*/plan.json"))
             raise ConfigError(

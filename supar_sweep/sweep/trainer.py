@@ -81,6 +81,7 @@ class CellTrainer:
             return this
         state = cell_state(folder_of(job))
         if state.complete:
+            folder_of(job).sweep()
             self._tell(job, state.state, "")
             return this
         if state.state == "corrupt" and (folder_of(job).path / "result.json").exists():

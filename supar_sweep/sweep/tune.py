@@ -53,11 +53,15 @@ def proxy_of(cell: CellConfig) -> CellConfig:
         cell: the target; its training settings are the proxy's too, because nothing else transfers.
 
     Raises:
-        ConfigError: a cell without a base shape.
+        ConfigError: a cell without a base shape, or one that is no shape of the model.
     """
     if cell.base is None:
         raise ConfigError("base", "must be set: the base shape is what is tuned", value=None)
-    shape = replace(cell.model, width=cell.base.width, n_layer=cell.base.n_layer)
+    try:
+        shape = replace(cell.model, width=cell.base.width, n_layer=cell.base.n_layer)
+    except ConfigError as error:  # the target's shape is good, so it is the base's that is not
+        base = error.key if error.key in ("width", "n_layer") else "width"
+        raise ConfigError(f"base.{base}", error.problem, value=error.value, allowed=error.allowed) from None
     return replace(cell, model=shape, density=1.0, parameterization="mup")
 
 
@@ -97,7 +101,7 @@ def tune(
         BusyError: another coordinator works on this study.
         SuparError: trials keep failing.
     """
-    _check(study, proxy)
+    check_study(study, proxy)
     folder = folder.resolve()
     with locks.hold(folder / "lock", f"study {study.name}"):
         tuner = _Tuner(study, proxy, trainer, folder, fingerprint)
@@ -108,7 +112,13 @@ def tune(
     return winner
 
 
-def _check(study: StudyConfig, proxy: CellConfig) -> None:
+def check_study(study: StudyConfig, proxy: CellConfig) -> None:
+    """Raise ConfigError where a study cannot be of this proxy: `tune` does so before anything starts.
+
+    Args:
+        study: the study.
+        proxy: the dense cell that is tuned.
+    """
     if proxy.density != 1:
         raise ConfigError("density", "the proxy is dense", value=proxy.density, allowed="1")
     if proxy.seed in study.confirm_seeds:
@@ -330,7 +340,7 @@ class _Tuner:
             "proxy": encode(self.proxy),
             **provenance,
         }
-        return Winner(replace(self.proxy.hparams, **trials[best].params), lineage)
+        return Winner(replace(self.proxy.hparams, **trials[best].params), lineage, self.proxy.base)
 
 
 def _distinct(ranked: Iterable[optuna.trial.FrozenTrial]) -> list[optuna.trial.FrozenTrial]:

@@ -16,6 +16,7 @@ import sysconfig
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +95,7 @@ def load_corpus(data: DataConfig) -> Corpus:
     digest = hashlib.sha256(text).hexdigest()
     tokens = np.frombuffer(text, dtype=np.uint8)
     assert data.val_fraction is not None
-    n_val = max(1, round(len(tokens) * data.val_fraction))
+    n_val = _n_val(len(tokens), data.val_fraction)
     return Corpus(data.name, 256, tokens[:-n_val], tokens[-n_val:], digest, len(text))
 
 
@@ -108,7 +109,7 @@ def fingerprint(data: DataConfig) -> str:
     if data.name == "tokens":
         return _tokens_fingerprint(data)[0]
     if data.name == "hf":
-        return load_corpus(data).fingerprint
+        return _hf_fingerprint(data)
     files = _files(data)
     signature = _signature(files, "bytes")
     cached = _Cache().get(signature)
@@ -125,6 +126,38 @@ def fingerprint(data: DataConfig) -> str:
     return digest.hexdigest()
 
 
+def _n_val(n_tokens: int, val_fraction: float) -> int:
+    return max(1, round(n_tokens * val_fraction))
+
+
+def check_files(data: DataConfig, *, batch_seqs: int, context_tokens: int, eval_seqs: int) -> None:
+    """Raise DataError as `check_length` would, from the files' sizes alone: nothing is read.
+
+    A dataset of the hub has no size before it is loaded: it is checked when a run begins.
+
+    Args:
+        data: the corpus.
+        batch_seqs, context_tokens, eval_seqs: of the cell.
+    """
+    if data.name == "hf":
+        return
+    if data.name == "tokens":
+        n_train, n_val = (_n_bytes([path], key) // 2 for key, path in _token_files(data))
+    else:
+        assert data.val_fraction is not None
+        n_tokens = _n_bytes(_files(data), _key(data))
+        n_val = _n_val(n_tokens, data.val_fraction)
+        n_train = n_tokens - n_val
+    _check_lengths(data.name, n_train, n_val, batch_seqs, context_tokens, eval_seqs)
+
+
+def _n_bytes(files: Sequence[Path], key: str) -> int:
+    try:
+        return sum(path.stat().st_size for path in files)
+    except OSError as error:
+        raise DataError(f"{key}: cannot read {error.filename}: {error.strerror}") from error
+
+
 def check_length(corpus: Corpus, *, batch_seqs: int, context_tokens: int, eval_seqs: int) -> None:
     """Raise DataError where the corpus is shorter than one batch, or its held-out part than one
     evaluation.
@@ -133,17 +166,22 @@ def check_length(corpus: Corpus, *, batch_seqs: int, context_tokens: int, eval_s
         corpus: the corpus.
         batch_seqs, context_tokens, eval_seqs: of the cell.
     """
+    lengths = len(corpus.train), len(corpus.val)
+    _check_lengths(corpus.name, *lengths, batch_seqs, context_tokens, eval_seqs)
+
+
+def _check_lengths(name: str, n_train: int, n_val: int, batch_seqs: int, context_tokens: int, eval_seqs: int) -> None:
     need = batch_seqs * context_tokens + 1
-    if len(corpus.train) < need:
+    if n_train < need:
         raise DataError(
-            f"data.name={corpus.name}: the training part has {len(corpus.train):,} tokens, less "
+            f"data.name={name}: the training part has {n_train:,} tokens, less "
             f"than one batch (train.batch_seqs * model.context_tokens + 1 = {need:,}); allowed: "
             "a longer corpus or a smaller batch"
         )
     need = eval_seqs * context_tokens + 1
-    if len(corpus.val) < need:
+    if n_val < need:
         raise DataError(
-            f"data.name={corpus.name}: the held-out part has {len(corpus.val):,} tokens, less than "
+            f"data.name={name}: the held-out part has {n_val:,} tokens, less than "
             f"one evaluation (train.eval_seqs * model.context_tokens + 1 = {need:,}); allowed: a "
             "longer one (data.val_fraction) or fewer train.eval_seqs"
         )
@@ -253,6 +291,12 @@ def _read_hf(data: DataConfig) -> bytes:
     return b"\n".join(str(text).encode() for text in rows[data.column])
 
 
+@lru_cache(maxsize=8)
+def _hf_fingerprint(data: DataConfig) -> str:
+    """Return the fingerprint of a dataset, which is loaded once a process for it."""
+    return load_corpus(data).fingerprint
+
+
 def _tokens_fingerprint(data: DataConfig) -> tuple[str, int]:
     """Return (fingerprint, bytes) of the two token files; one pass over them also finds the
     largest token.
@@ -261,6 +305,7 @@ def _tokens_fingerprint(data: DataConfig) -> tuple[str, int]:
 
     digest = hashlib.sha256()
     n_bytes = 0
+    contents: list[str] = []
     for key, path in _token_files(data):
         try:
             size = path.stat().st_size
@@ -283,6 +328,9 @@ def _tokens_fingerprint(data: DataConfig) -> tuple[str, int]:
             _remember([path], signature, [content, largest])
         if largest >= data.n_vocab:
             raise DataError(f"{key}: {path} holds token {largest}; allowed: below data.vocab_size = {data.n_vocab}")
+        if content in contents:
+            raise DataError(f"{key}: {path} holds the training tokens; allowed: tokens that are not trained on")
+        contents.append(content)
         digest.update(f"{size}:{content}\n".encode())
         n_bytes += size
     return digest.hexdigest(), n_bytes

@@ -73,10 +73,12 @@ def device_name(device: str) -> str:
 
 
 def facts(device: str) -> dict[str, Any]:
-    """Return host, device and versions, for a record."""
+    """Return host, device and versions, for a record. Imports torch."""
+    import torch
+
     return {
         "host": socket.gethostname(),
         "device": device,
         "device_name": device_name(device),
-        "versions": versions(),
+        "versions": {**versions(), "torch": str(torch.__version__)},  # with its build: 2.13.0+cpu
     }

@@ -111,10 +111,16 @@ class Member:
             self.diverged_at = step
         return self.diverged_at is not None
 
-    def observe_val(self, step: int, val_loss: float) -> None:
-        """Log the held-out loss after `step` steps."""
+    def observe_val(self, step: int, val_loss: float) -> bool:
+        """Log the held-out loss after `step` steps and return whether the run has diverged with it.
+
+        The last update's damage shows nowhere else: no training loss comes after it.
+        """
         self.val_step, self.val_loss = step, val_loss
         self.sink.log(step=step, val_loss=val_loss)
+        if not math.isfinite(val_loss):
+            self.diverged_at = step
+        return self.diverged_at is not None
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""

@@ -95,8 +95,8 @@ def train(
         save_due = _save_due(runtime, step, time.monotonic() - saved_s)
         if (eval_due or save_due or len(unread) >= read_steps) and _read(member, unread):
             break
-        if eval_due:
-            member.observe_val(step, trainer.evaluate(corpus))
+        if eval_due and member.observe_val(step, trainer.evaluate(corpus)):
+            break
         if save_due:
             save(step)
             saved_step, saved_s = step, time.monotonic()

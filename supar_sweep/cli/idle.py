@@ -1,0 +1,96 @@
+"""Settings that the user typed and that the command would not read: an error, never silence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from supar_sweep.config.schema import CellConfig
+from supar_sweep.errors import ConfigError
+from supar_sweep.sweep.grid import GridPoint, GridSpec, axis_name, find_key
+
+TARGET_ONLY = ("density", "parameterization", "model.width", "model.n_layer", "layer_density")
+"""What the proxy of a study never reads, so that an axis over it leaves `quickstart` no use for the setting itself."""
+
+
+def refuse_swept(typed: Sequence[str], spec: GridSpec, points: Sequence[GridPoint], *, tunes: bool) -> None:
+    """Raise ConfigError for a typed setting of the cell that an axis replaces in every cell of the grid.
+
+    Args:
+        typed: keys of the command line.
+        spec: what varies; a range around the base value (mult_log2) reads the setting.
+        points: the grid.
+        tunes: whether the command trains a proxy too, which reads most settings of the cell.
+    """
+    relative = {axis_name(find_key(key)) for key in _relative(spec)}
+    for key in typed:
+        try:
+            name = axis_name(find_key(key))
+        except ConfigError:  # a group, or no setting of the cell
+            continue
+        if name in relative or (tunes and key not in TARGET_ONLY):
+            continue
+        if points and all(name in point.axes for point in points):
+            raise ConfigError(
+                key,
+                "has no effect: an axis of the experiment gives its values",
+                allowed=f"experiment.axes.{name}=[...]",
+            )
+
+
+def _relative(spec: GridSpec) -> Iterator[str]:
+    """Yield the keys of ranges around a base value, wherever they stand in the grid."""
+
+    def walk(node: Mapping[Any, Any]) -> Iterator[str]:
+        for key, raw in node.items():
+            if isinstance(raw, Mapping) and "mult_log2" in raw:
+                yield str(key)
+            elif isinstance(raw, Mapping):
+                yield from walk(raw)
+
+    for node in (spec.axes, spec.by, *spec.zipped):
+        yield from walk(node)
+
+
+def refuse_for_proxy(typed: Sequence[str], cell: CellConfig) -> None:
+    """Raise ConfigError for a typed setting that `tune` would not read: the proxy is the dense base.
+
+    Args:
+        typed: keys of the command line.
+        cell: the cell that they make.
+    """
+    base = cell.base
+    asked: dict[str, tuple[Any, Any]] = {"density": (cell.density, 1.0)}
+    if base is not None:
+        asked["model.width"] = (cell.model.width, base.width)
+        asked["model.n_layer"] = (cell.model.n_layer, base.n_layer)
+    for key, (value, of_proxy) in asked.items():
+        if key in typed and value != of_proxy:
+            setter = "" if key == "density" else f"; {key.replace('model', 'base')} sets it"
+            problem = "has no effect on tune: the proxy is the base shape, dense"
+            raise ConfigError(key, problem, value=value, allowed=f"{of_proxy:g}{setter}")
+    if "parameterization" in typed and cell.parameterization == "sp":
+        raise ConfigError(
+            "parameterization",
+            "has no effect on tune: the proxy is trained under muP, which is SuPar where all is dense",
+            value="sp",
+            allowed="any but sp",
+        )
+
+
+def refuse_for_transfer(typed: Sequence[str], plain: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a typed setting that `transfer` would not read.
+
+    Args:
+        typed: keys of the command line.
+        plain: the composed settings.
+    """
+    if "seed" in typed:
+        raise ConfigError("seed", "has no effect on transfer", value=plain["seed"], allowed="leave it out")
+    for key, target in {
+        "model.width": "target.width",
+        "model.n_layer": "target.n_layer",
+        "density": "target.density",
+    }.items():
+        if key in typed and target in typed:
+            raise ConfigError(key, f"has no effect: {target} replaces it", allowed="one of them")
