@@ -10,7 +10,7 @@ import yaml
 from supar_sweep.cli.compose import compose
 from supar_sweep.cli.main import COMMANDS
 from supar_sweep.cli.settings import CELL_KEYS, OUTPUT, READS
-from tests.command_line import CELL, call, here, refused
+from tests.command_line import CELL, HPARAMS, call, here, refused
 
 __all__ = ["here"]
 

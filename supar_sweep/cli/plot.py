@@ -36,6 +36,9 @@ class PlotConfig:
         check_ranges(self)
 
 
+_HOLDS = {True: "holds", False: "does not hold", None: "cannot be said"}
+
+
 def metric_of(settings: Settings) -> str:
     """Return which loss is drawn. Raises ConfigError for settings of `plot` that do not exist."""
     return decode(PlotConfig, settings.plain["plot"], prefix="plot").metric
@@ -58,10 +61,12 @@ def draw(records: list[dict[str, Any]], folder: Path, metric: str) -> list[Any]:
         stem = folder / f"lr_basins{shape}"
         written += lr_basins.save(lr_basins.draw(basins), basins, stem)
     entries: list[Any] = verdict.entries(sets)
-    claims = [claim.as_dict() for claim in statements.quickstart_statements(entries)]
-    written += verdict.write(entries, folder, claims)
+    claims = statements.quickstart_statements(entries)
+    written += verdict.write(entries, folder, [claim.as_dict() for claim in claims])
     for answer in verdict.verdicts(entries):
         say(f"{answer.parameterization}: {answer.answer} ({answer.reason})")
+    for claim in claims:
+        say(f"{_HOLDS[claim.holds]}: {claim.text}" + (f" ({claim.note})" if claim.note else ""))
     for path in written:
         say(f"wrote {path}")
     return entries
