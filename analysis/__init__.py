@@ -7,7 +7,6 @@
     verdict.py     BasinSets -> entries, a verdict per parameterization, their files
     statements.py  entries -> the claims of the quick start, true or false, with their numbers
     tables.py      entries -> rows of the verdict table
-    files.py       files written whole or not at all
     style.py       the one look of every figure
     lr_basins.py   BasinSet -> Figure, PNG, PDF, CSV
 

@@ -11,11 +11,10 @@ import numpy as np
 import pandas as pd
 
 from supar_sweep.errors import ConfigError
+from supar_sweep.rules.parameterization import PARAMETERIZATIONS
 
 from .fit import LineFit, Observed, Optimum, Regret, fit_panel
 from .frames import AXES, DIVERGED, DONE, METRICS, MISSING, where
-
-PARAMETERIZATION_ORDER = ("sp", "mup", "supar", "init_only", "lr_only")
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,6 @@ def lr_basins(
     metric: str = "train_loss",
     reference: float | None = None,
     fixed: Mapping[str, Any] | None = None,
-    confidence: float = 0.95,
 ) -> BasinSet:
     """Return the basins of a table made by frames.frame.
 
@@ -128,7 +126,6 @@ def lr_basins(
         reference: hue whose optimum is transferred; default: density 1, else the smallest value.
             Where no line has it, nothing is transferred.
         fixed: values of other axes to keep, where the table has several.
-        confidence: of the intervals.
 
     Raises:
         ConfigError: an unknown axis or metric, or an axis that varies along a line.
@@ -149,7 +146,7 @@ def lr_basins(
         usual = 1.0 if hue == "density" else min(hues)
         wanted = usual if reference is None else _rounded(reference)
         points = [_points(rows[rows[hue].map(_rounded) == each], x, hue, col, metric) for each in hues]
-        fits = fit_panel([_observed(line) for line in points], confidence)
+        fits = fit_panel([_observed(line) for line in points])
         lines = tuple(Line(each, line, fit) for each, line, fit in zip(hues, points, fits, strict=True))
         panels.append(Panel(str(value), lines, wanted if wanted in hues else None))
     others = [axis for axis in AXES if axis not in names.values()]
@@ -172,7 +169,7 @@ def _rounded(value: float) -> float:
 def _panel_values(table: pd.DataFrame, col: str) -> list[Any]:
     found = list(dict.fromkeys(table[col].tolist()))
     if col == "parameterization":
-        rank = {name: index for index, name in enumerate(PARAMETERIZATION_ORDER)}
+        rank = {name: index for index, name in enumerate(PARAMETERIZATIONS)}
         return sorted(found, key=lambda name: (rank.get(name, len(rank)), str(name)))
     return sorted(found)
 

@@ -8,7 +8,8 @@ How an optimum is found:
    its bound is (the last x at which the fitted curve still clearly falls outwards, or whose mean
    is clearly above the end's), and the x that would settle it are proposed.
 3. If the next x beside the start diverged, or is a cliff, the optimum is *bracketed*: it lies
-   between the neighbours, is reported at the start, and its interval is the bracket.
+   between the nearest x that it cannot be at, is reported at the start, and its interval is the
+   bracket.
 4. Otherwise it is *fitted*: the points within 3 octaves and 25 % of the lowest loss, up to the
    first gap, go into smooth.pool; the optimum is where the slope's posterior mean crosses zero,
    the interval is every x around it at which the slope cannot be told from zero (Fieller's set). A
@@ -59,7 +60,8 @@ class Optimum:
     """Where a line is lowest; every x is a log2.
 
     `x`, `loss`: None if censored or not fitted. `ci`: 95 %, None where the data do not bound it.
-    `side`, `bound`, `proposals`: of a censored one; "high" says that the optimum is above `bound`.
+    `side`, `bound`: what is known where there is no `ci`, of a censored optimum and of one whose interval has only one
+    end; "high" says that the optimum is above `bound`. `proposals`: x that would settle a censored one.
     `lowest_loss`: the lowest paired mean that was measured (an upper bound of the best loss).
     """
 
@@ -122,8 +124,10 @@ class LineFit:
         value = max(value, 0.0)
         if self.optimum.x is None:
             return Regret(value, None, lower_bound_only=True, reason="no optimum inside the grid")
-        if ci is None or self.curve is None or self.curve.t is None:
+        if ci is None:
             return Regret(value, None, reason="the interval of the transferred value is not known")
+        if self.curve is None or self.curve.t is None:
+            return Regret(value, None, reason="the noise of the losses is not known")
         low, high = max(ci[0], self.x[0]), min(ci[1], self.x[-1])
         if (low, high) != ci:
             return Regret(value, None, reason="the transferred value may lie outside the grid")
@@ -159,20 +163,19 @@ class _Start:
     below: float | None
 
 
-def fit_panel(lines: Sequence[Sequence[Observed]], confidence: float = 0.95) -> list[LineFit]:
+def fit_panel(lines: Sequence[Sequence[Observed]]) -> list[LineFit]:
     """Return the fit of each line of a panel; the noise is pooled over the panel.
 
     Args:
         lines: each line's points in ascending x; points without any run (missing) may be left out.
-        confidence: of the intervals.
     """
     starts = [_start(line) for line in lines]
-    usable = [
-        index for index, start in enumerate(starts) if isinstance(start, _Start) and len(start.window.x) >= MIN_POINTS
-    ]
-    windows = [start.window for start in starts if isinstance(start, _Start)]
-    windows = [window for window in windows if len(window.x) >= MIN_POINTS]
-    curves = dict(zip(usable, pool(windows, confidence), strict=True))
+    usable = {
+        index: start.window
+        for index, start in enumerate(starts)
+        if isinstance(start, _Start) and len(start.window.x) >= MIN_POINTS
+    }
+    curves = dict(zip(usable.keys(), pool([*usable.values()]), strict=True))
     noises = [curve.noise for curve in curves.values() if curve.t is not None]
     noise = float(np.mean(noises)) if noises else None
     fits = []
@@ -264,18 +267,22 @@ def _optimum(start: _Start, curve: Curve | None, noise: float | None) -> Optimum
     if not inside:
         return _outside(start, curve, noise)
     found = min(inside, key=lambda x: abs(x - start.x[start.start]))
-    ci, reason = _interval(grid, mean, sd, found, curve.t)
-    if ci is not None:
-        # The optimum cannot lie at or beyond a value at which runs diverge.
-        walls_above = [x for x in start.diverged if x > found]
-        walls_below = [x for x in start.diverged if x < found]
-        ci = (max([ci[0], *walls_below]), min([ci[1], *walls_above]))
-        if math.isinf(ci[0]) or math.isinf(ci[1]):
-            ci, reason = None, "the basin is too flat for the noise: its interval has no end"
+    low, high = _ends(grid, mean, sd, found, curve.t)
+    # The optimum cannot lie at or beyond a value at which runs diverge.
+    low = max([low, *(x for x in start.diverged if x < found)])
+    high = min([high, *(x for x in start.diverged if x > found)])
+    ci, side, bound = _known(low, high)
+    reason = ""
+    if curve.t is None and ci is None:
+        reason = "the noise cannot be estimated from one seed and so few points"
+    elif ci is None:
+        reason = "the basin is too flat for the noise: its interval has no end"
     return Optimum(
         "fitted",
         x=found,
         ci=ci,
+        side=side,
+        bound=bound,
         loss=float(curve.loss(np.array([found]))[0]),
         lowest_loss=float(start.means[start.start]),
         reason=reason,
@@ -287,13 +294,22 @@ def _theta(curve: Curve) -> Array:
     return np.linspace(low, high, round((high - low) * _STEPS_PER_OCTAVE) + 1)
 
 
-def _interval(grid: Array, mean: Array, sd: Array, found: float, t: float | None) -> tuple[Interval | None, str]:
-    """Return Fieller's set around `found`: where |slope| <= t sd; an end may be infinite."""
+def _ends(grid: Array, mean: Array, sd: Array, found: float, t: float | None) -> Interval:
+    """Return the ends of Fieller's set around `found`: where |slope| <= t sd; an end may be infinite."""
     if t is None:
-        return None, "the noise cannot be estimated from one seed and so few points"
+        return -math.inf, math.inf
     low = [x for x in crossings(grid, mean + t * sd) if x <= found]
     high = [x for x in crossings(grid, mean - t * sd) if x >= found]
-    return (max(low, default=-math.inf), min(high, default=math.inf)), ""
+    return max(low, default=-math.inf), min(high, default=math.inf)
+
+
+def _known(low: float, high: float) -> tuple[Interval | None, Side | None, float | None]:
+    """Return what an interval with infinite ends says, as `Optimum` holds it: ci, side, bound."""
+    if math.isfinite(low) and math.isfinite(high):
+        return (low, high), None, None
+    if math.isfinite(low):
+        return None, "high", low
+    return (None, "low", high) if math.isfinite(high) else (None, None, None)
 
 
 def _outside(start: _Start, curve: Curve, noise: float | None) -> Optimum:
@@ -312,32 +328,30 @@ def _outside(start: _Start, curve: Curve, noise: float | None) -> Optimum:
 
 
 def _bracketed(start: _Start, curve: Curve | None, noise: float | None) -> Optimum:
-    """Between the neighbours of every mean that the noise cannot tell from the lowest."""
+    """Between the nearest x on either side that the optimum cannot be at: runs diverge there, or the mean is clearly
+    above the lowest.
+    """
     t = None if curve is None else curve.t
     slack = 0.0 if noise is None else (t or 2.0) * math.sqrt(2.0) * noise
-    first = last = start.start
-    if start.left == "open":
-        while first > 0 and start.means[first - 1] <= start.means[start.start] + slack:
-            first -= 1
-        low = start.x[max(first - 1, 0)]
-    else:
-        low = start.below
-    if start.right == "open":
-        while last < len(start.x) - 1 and start.means[last + 1] <= start.means[last] + slack:
-            last += 1
-        high = start.x[min(last + 1, len(start.x) - 1)]
-    else:
-        high = start.above
-    assert low is not None and high is not None
+    x, lowest = float(start.x[start.start]), float(start.means[start.start])
+    ends = [*start.x[start.means > lowest + slack].tolist(), *start.diverged]
+    ci, side, bound = _known(
+        max((end for end in ends if end < x), default=-math.inf),
+        min((end for end in ends if end > x), default=math.inf),
+    )
     walls = {"diverged": "runs diverge", "cliff": "the loss jumps"}
-    why = walls.get(start.right) or walls.get(start.left) or "there are too few points"
+    unfitted = "there are too few points" if curve is None else "the fitted curve has no minimum"
+    why = walls.get(start.right) or walls.get(start.left) or unfitted
+    of_ci = "has no end, the basin is too flat for the noise" if ci is None else "is the bracket around it"
     return Optimum(
         "bracketed",
-        x=float(start.x[start.start]),
-        ci=(float(low), float(high)),
-        loss=float(start.means[start.start]),
-        lowest_loss=float(start.means[start.start]),
-        reason=f"{why} next to the lowest mean: the interval is the bracket around it",
+        x=x,
+        ci=ci,
+        side=side,
+        bound=bound,
+        loss=lowest,
+        lowest_loss=lowest,
+        reason=f"{why} next to the lowest mean: the interval {of_ci}",
     )
 
 

@@ -31,7 +31,7 @@ def frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
         rows: plain dicts with the keys of `REQUIRED`; others are kept.
 
     Raises:
-        ConfigError: no rows, a row without a required key, or a non-positive lr or density.
+        ConfigError: no rows, a row without a required key, or an lr, density or init_std that is not positive.
     """
     listed = [dict(row) for row in rows]
     if not listed:

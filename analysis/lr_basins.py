@@ -10,9 +10,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.transforms import ScaledTranslation
 
-from . import files, style
+from supar_sweep.sweep.files import write_file
+
+from . import style
 from .basins import BasinSet, Line, Panel, data_rows
+from .fit import Side
 
 _PANEL_HEIGHT_IN = 3.1
 _HEADROOM = 0.10
@@ -20,6 +24,9 @@ _FLOOR = 0.06
 _EXCESS_SHOWN = 0.35
 """At most this far (relative) above the lowest loss is drawn to scale; the rest is at the edge."""
 _LEAST_EXCESS = 0.02
+_EDGE_MARKER_PT = 5.0
+_NO_CI = "D"
+"""Marker of a fitted optimum whose interval has no end on one side or on both: it must not look like a sure one."""
 
 
 def draw(basins: BasinSet) -> Figure:
@@ -69,7 +76,7 @@ def save(drawn: Figure, basins: BasinSet, stem: Path) -> list[Path]:
     writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [])
     writer.writeheader()
     writer.writerows(rows)
-    return [*written, files.write(stem.with_name(f"{stem.name}.csv"), text.getvalue())]
+    return [*written, write_file(stem.with_name(f"{stem.name}.csv"), text.getvalue())]
 
 
 def loss_limits(basins: BasinSet) -> tuple[float, float]:
@@ -94,18 +101,17 @@ def _panel(axes: Axes, panel: Panel, colors: dict[float, str], top: float) -> No
     transferred = panel.transferred
     if transferred is not None and transferred.x is not None:
         axes.axvline(transferred.x, color=style.INK, linewidth=1.1, dashes=(4, 3), zorder=1.5)
-    edge: dict[float, int] = {}
     for rank, line in enumerate(panel.lines):
-        _line(axes, line, colors[line.hue], top, rank, edge)
+        _line(axes, line, colors[line.hue], top, rank)
+    _edge(axes, panel, colors, top)
     for line in panel.lines:
         _optimum(axes, line, colors[line.hue], top)
 
 
-def _line(axes: Axes, line: Line, color: str, top: float, rank: int, edge: dict[float, int]) -> None:
-    drawn = [(point, point.mean) for point in line.points]
-    x = np.array([point.log2_x for point, _ in drawn])
+def _line(axes: Axes, line: Line, color: str, top: float, rank: int) -> None:
+    x = np.array([point.log2_x for point in line.points])
     # A NaN breaks the line where some seed diverged: a mean over the survivors is not the mean.
-    shown = [mean if mean is not None and point.eligible else np.nan for point, mean in drawn]
+    shown = [point.mean if point.eligible else np.nan for point in line.points]
     mean_loss = np.array(shown, dtype=float)
     error = np.array([point.stderr or 0.0 for point in line.points])
     order = 2.5 - 0.01 * rank
@@ -121,28 +127,33 @@ def _line(axes: Axes, line: Line, color: str, top: float, rank: int, edge: dict[
     axes.plot(x, mean_loss, color=color, zorder=order)
     inside = mean_loss <= top
     axes.plot(x[inside], mean_loss[inside], ".", color=color, markersize=4.5, zorder=order)
-    for point, mean in drawn:
-        if point.n_diverged:
-            marker = "x"
-        elif mean is not None and mean > top:
-            marker = "^"
-        else:
-            continue
-        # Several lines may end at the same x: stand beside each other, in steps of a marker's
-        # width.
-        slot = edge.get(point.log2_x, 0)
-        edge[point.log2_x] = slot + 1
-        axes.plot(
-            point.log2_x,
-            0.975 - 0.045 * slot,
-            marker,
-            color=color,
-            markersize=5.0,
-            markeredgewidth=1.5 if marker == "x" else 0.0,
-            transform=axes.get_xaxis_transform(),
-            clip_on=False,
-            zorder=4,
-        )
+
+
+def _edge(axes: Axes, panel: Panel, colors: dict[float, str], top: float) -> None:
+    """Mark at the top edge what the panel cannot show: runs that diverged, and losses above the axis."""
+    marks: dict[float, list[tuple[str, str]]] = {}
+    for line in panel.lines:
+        for point in line.points:
+            if point.n_diverged:
+                marks.setdefault(point.log2_x, []).append(("x", colors[line.hue]))
+            elif point.mean is not None and point.mean > top:
+                marks.setdefault(point.log2_x, []).append(("^", colors[line.hue]))
+    for x, at_x in marks.items():
+        for rank, (marker, color) in enumerate(at_x):
+            # side by side: below one another they would read as losses
+            aside_in = (rank - (len(at_x) - 1) / 2) * _EDGE_MARKER_PT / 72
+            aside = ScaledTranslation(aside_in, 0, axes.get_figure(root=True).dpi_scale_trans)  # type: ignore[union-attr]
+            axes.plot(
+                x,
+                1.0,
+                marker,
+                color=color,
+                markersize=_EDGE_MARKER_PT,
+                markeredgewidth=1.5 if marker == "x" else 0.0,
+                transform=axes.get_xaxis_transform() + aside,
+                clip_on=False,
+                zorder=4,
+            )
 
 
 def _optimum(axes: Axes, line: Line, color: str, top: float) -> None:
@@ -160,35 +171,39 @@ def _optimum(axes: Axes, line: Line, color: str, top: float) -> None:
                 capthick=1.1,
                 zorder=6,
             )
+        elif best.bound is not None:
+            axes.plot(
+                [best.bound, best.x], [best.loss, best.loss], "|-", color=style.INK, linewidth=1.1,
+                markevery=[0], markersize=4.4, markeredgewidth=1.1, zorder=6,
+            )  # fmt: skip
+            _arrow(axes, best.x, best.loss, best.side, style.INK)
         axes.plot(
-            best.x, best.loss, "o", markersize=7.0, markerfacecolor=color,
+            best.x, best.loss, _NO_CI if best.ci is None else "o", markersize=7.0, markerfacecolor=color,
             markeredgecolor="white", markeredgewidth=1.1, zorder=5,
         )  # fmt: skip
     elif best.censored:
         eligible = [point for point in line.points if point.eligible]
         end = eligible[-1] if best.side == "high" else eligible[0]
         assert end.mean is not None
-        sign = 1 if best.side == "high" else -1
         height = min(end.mean, top)
-        axes.annotate(
-            "",
-            xy=(end.log2_x, height),
-            xytext=(sign * 16, 0),
-            textcoords="offset points",
-            arrowprops={
-                "arrowstyle": "<-",
-                "color": color,
-                "linewidth": 1.3,
-                "shrinkA": 0,
-                "shrinkB": 3,
-            },
-            annotation_clip=False,
-            zorder=4.4,
-        )
+        _arrow(axes, end.log2_x, height, best.side, color)
         axes.plot(
             end.log2_x, height, "o", markersize=7.0, markerfacecolor="white",
             markeredgecolor=color, markeredgewidth=1.7, zorder=5, clip_on=False,
         )  # fmt: skip
+
+
+def _arrow(axes: Axes, x: float, y: float, side: Side | None, color: str) -> None:
+    """Point from (x, y) to the side on which nothing bounds the optimum."""
+    axes.annotate(
+        "",
+        xy=(x, y),
+        xytext=(16 if side == "high" else -16, 0),
+        textcoords="offset points",
+        arrowprops={"arrowstyle": "<-", "color": color, "linewidth": 1.3, "shrinkA": 0, "shrinkB": 3},
+        annotation_clip=False,
+        zorder=4.4,
+    )
 
 
 def _title(basins: BasinSet) -> str:
@@ -201,7 +216,7 @@ def _title(basins: BasinSet) -> str:
     if n_seeds:
         few, many = min(n_seeds), max(n_seeds)
         counted = f"{few}" if few == many else f"{few} to {many}"
-        shown.append(f"{counted} seed{'' if many == 1 else 's'}, mean \N{PLUS-MINUS SIGN} standard error")
+        shown.append("1 seed" if many == 1 else f"{counted} seeds, mean \N{PLUS-MINUS SIGN} standard error")
     if basins.n_missing:
         shown.append(f"{basins.n_missing} runs missing")
     return ", ".join(shown)
@@ -221,10 +236,16 @@ def _legend(basins: BasinSet, hues: list[float], colors: dict[float, str]) -> tu
         handles.append(Line2D([], [], **look))  # type: ignore[arg-type]
         labels.append(label)
 
-    if any(line.optimum.x is not None for line in lines):
+    found = [line.optimum for line in lines if line.optimum.x is not None]
+    if any(best.ci is not None for best in found):
         mark(
-            "optimum, 95% CI", color=style.INK, marker="o", markersize=7, markerfacecolor=grey,
+            "fitted optimum, 95% CI", color=style.INK, marker="o", markersize=7, markerfacecolor=grey,
             markeredgecolor="white", linewidth=1.1,
+        )  # fmt: skip
+    if any(best.ci is None for best in found):
+        mark(
+            "fitted optimum, open-ended CI", color=grey, marker=_NO_CI, linewidth=0, markersize=7,
+            markeredgecolor="white",
         )  # fmt: skip
     if any(panel.transferred is not None for panel in basins.panels):
         dense = "dense optimum" if basins.hue == "density" else "reference optimum"
@@ -235,9 +256,9 @@ def _legend(basins: BasinSet, hues: list[float], colors: dict[float, str]) -> tu
             markerfacecolor="white", markeredgewidth=1.7,
         )  # fmt: skip
     if any(point.n_diverged for line in lines for point in line.points):
-        mark("diverged", color=grey, marker="x", linewidth=0, markersize=5, markeredgewidth=1.5)
+        mark("diverged", color=grey, marker="x", linewidth=0, markersize=_EDGE_MARKER_PT, markeredgewidth=1.5)
     top = loss_limits(basins)[1]
     above = [p for line in lines for p in line.points if p.eligible and (p.mean or 0.0) > top]
     if above:
-        mark("loss above the axis", color=grey, marker="^", linewidth=0, markersize=5)
+        mark("loss above the axis", color=grey, marker="^", linewidth=0, markersize=_EDGE_MARKER_PT)
     return handles, labels

@@ -32,6 +32,9 @@ from scipy.special import stdtrit
 Array = npt.NDArray[np.floating[Any]]
 Order = Literal[3, 4]
 
+CONFIDENCE = 0.95
+"""Of every interval and bound."""
+
 REACH_OCTAVES = 2.0
 """How far beyond a line's window the model is evaluated."""
 
@@ -202,12 +205,11 @@ class Curve:
         return first * self.scale, np.sqrt(np.maximum(second - first**2, 0.0)) * self.scale
 
 
-def pool(lines: Sequence[Samples], confidence: float = 0.95) -> list[Curve]:
+def pool(lines: Sequence[Samples]) -> list[Curve]:
     """Return the posterior curve of each line; noise and smoothness are pooled over all of them.
 
     Args:
         lines: the windows of a panel's lines, each of at least three x.
-        confidence: of the intervals that `Curve.t` is for.
     """
     if not lines:
         return []
@@ -222,9 +224,9 @@ def pool(lines: Sequence[Samples], confidence: float = 0.95) -> list[Curve]:
     df = sum(means.df for means in hypotheses[0].means)
     if df < 1:  # one seed: what is left is the scatter around the curves
         df = sum(len(line.x) - line.order for line in lines)
-        t = float(stdtrit(df, 0.5 + confidence / 2)) if df >= _LEAST_DF else None
+        t = float(stdtrit(df, 0.5 + CONFIDENCE / 2)) if df >= _LEAST_DF else None
     else:
-        t = float(stdtrit(df, 0.5 + confidence / 2))
+        t = float(stdtrit(df, 0.5 + CONFIDENCE / 2))
     parts, noise = _weigh(scaled, hypotheses)
     return [
         Curve(line.x, line.order, level, scale, scale * noise[index], t, parts[index])

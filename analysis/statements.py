@@ -29,14 +29,15 @@ class Statement:
 def moves_more_than(found: Sequence[Entry], parameterization: str, octaves: float) -> Statement:
     """State that from density 1 to the lowest density the best lr moves by more than `octaves`.
 
-    A censored optimum counts if the bound of its shift is at least `octaves`.
+    It is judged by the fitted optima; `note` shows the shift's interval. A censored optimum counts if the bound of its
+    shift is at least `octaves`.
     """
     text = f"{parameterization}: the best lr moves by more than {octaves:g} octaves over density"
     entry = _sparsest(found, parameterization)
     if entry is None:
         return Statement(text, None, {}, "no dense and sparse line to compare")
     if entry.shift_octaves is not None:
-        return Statement(text, abs(entry.shift_octaves) > octaves, _numbers(entry))
+        return Statement(text, abs(entry.shift_octaves) > octaves, _numbers(entry), f"shift {shift_text(entry)}")
     if entry.shift_bound is None:
         return Statement(text, None, _numbers(entry), entry.reason)
     certain = entry.shift_bound >= octaves if entry.shift_bound_side == "high" else entry.shift_bound <= -octaves
@@ -45,13 +46,16 @@ def moves_more_than(found: Sequence[Entry], parameterization: str, octaves: floa
 
 
 def moves_less_than(found: Sequence[Entry], parameterization: str, octaves: float) -> Statement:
-    """State that from density 1 to the lowest density the best lr moves by less than `octaves`."""
+    """State that from density 1 to the lowest density the best lr moves by less than `octaves`.
+
+    It is judged by the fitted optima; `note` shows the shift's interval, which the verdict's rule asks about.
+    """
     text = f"{parameterization}: the best lr moves by less than {octaves:g} octaves over density"
     entry = _sparsest(found, parameterization)
     if entry is None:
         return Statement(text, None, {}, "no dense and sparse line to compare")
     if entry.shift_octaves is not None:
-        return Statement(text, abs(entry.shift_octaves) < octaves, _numbers(entry))
+        return Statement(text, abs(entry.shift_octaves) < octaves, _numbers(entry), f"shift {shift_text(entry)}")
     bound = entry.shift_bound
     refuted = bound is not None and (bound if entry.shift_bound_side == "high" else -bound) >= octaves
     return Statement(text, False if refuted else None, _numbers(entry), entry.reason)
@@ -71,8 +75,8 @@ def reaches_lower_loss(found: Sequence[Entry], better: str, than: str) -> Statem
         f"{better}_best_loss": first.best_loss,
         f"{than}_best_loss": second.best_loss,
     }
-    if first.density != second.density:
-        return Statement(text, None, numbers, "their lowest densities differ")
+    if (first.width, first.n_layer, first.density) != (second.width, second.n_layer, second.density):
+        return Statement(text, None, numbers, "their greatest shapes or lowest densities differ")
     notes = [f"{e.parameterization}: lowest measured" for e in (first, second) if e.loss_at_optimum is None]
     return Statement(text, first.best_loss <= second.best_loss, numbers, "; ".join(notes))
 

@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MultipleLocator
 
-from . import files
+from supar_sweep.sweep.files import write_file
 
 DPI = 220
 COLUMN_IN = 3.35
@@ -28,13 +28,12 @@ INK = "#1a1a1a"
 MUTED = "#5f6368"
 GRID = "#e4e6e8"
 
-PARAMETERIZATIONS = {
-    # name: (title, colour, marker, dashes); colours: Okabe and Ito's colour-blind safe set.
-    "sp": ("SP", "#D55E00", "s", "-"),
-    "mup": ("\N{MICRO SIGN}P", "#0072B2", "^", "--"),
-    "supar": ("S\N{MICRO SIGN}Par", "#009E73", "o", "-"),
-    "init_only": ("S\N{MICRO SIGN}Par init only", "#CC79A7", "D", ":"),
-    "lr_only": ("S\N{MICRO SIGN}Par LR only", "#E69F00", "v", "-."),
+TITLES = {
+    "sp": "SP",
+    "mup": "\N{MICRO SIGN}P",
+    "supar": "S\N{MICRO SIGN}Par",
+    "init_only": "S\N{MICRO SIGN}Par init only",
+    "lr_only": "S\N{MICRO SIGN}Par LR only",
 }
 
 METRIC_NAMES = {"train_loss": "Train loss", "val_loss": "Validation loss"}
@@ -111,8 +110,7 @@ def ordered_colors(n: int) -> list[str]:
 
 def title(parameterization: str) -> str:
     """Return how a parameterization is written in a figure."""
-    known = PARAMETERIZATIONS.get(parameterization)
-    return known[0] if known else parameterization
+    return TITLES.get(parameterization, parameterization)
 
 
 def number(value: float) -> str:
@@ -147,5 +145,5 @@ def save(drawn: Figure, stem: Path, formats: Sequence[str] = ("png", "pdf")) -> 
             # into memory first: a full disk must not end in the middle of matplotlib, or of the file
             image = io.BytesIO()
             drawn.savefig(image, format=kind, dpi=DPI, metadata=metadata)
-            written.append(files.write(path, image.getvalue()))
+            written.append(write_file(path, image.getvalue()))
     return written

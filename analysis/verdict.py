@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from . import files
+from supar_sweep.sweep.files import write_file
+
 from .basins import BasinSet, Line, Panel, lr_basins
 from .fit import Interval, Side
 
@@ -19,9 +20,9 @@ MAX_SHIFT_OCTAVES = 0.5
 MAX_REGRET_PERCENT = 1.0
 
 RULE = (
-    "transfers: the 95% CI of every shift lies within +-1/2 octave and the 95% upper bound of "
-    "every regret is below 1% of the line's best loss; does not transfer: the CI of some shift, or "
-    "the bound of a censored one, lies wholly outside +-1/2 octave; undecided: anything else"
+    f"transfers: the 95% CI of every shift lies within +-{MAX_SHIFT_OCTAVES:g} octaves and the 95% upper bound of "
+    f"every regret is below {MAX_REGRET_PERCENT:g}% of the line's best loss; does not transfer: the CI of some shift, "
+    f"or the bound of one without a CI, lies wholly outside +-{MAX_SHIFT_OCTAVES:g} octaves; undecided: anything else"
 )
 
 Answer = Literal["transfers", "does not transfer", "undecided"]
@@ -31,7 +32,7 @@ Answer = Literal["transfers", "does not transfer", "undecided"]
 class Shift:
     """How far a line's optimum lies from the reference's, in octaves.
 
-    `value` is None if either is censored; then `bound` with `side` may hold: "high" is ">= bound".
+    `value` is None if either is censored. Without a `ci`, `bound` with `side` may hold: "high" is ">= bound".
     """
 
     value: float | None
@@ -41,7 +42,7 @@ class Shift:
 
     @property
     def outside(self) -> bool:
-        """Whether the shift is beyond +-1/2 octave for sure."""
+        """Whether the shift is beyond +-MAX_SHIFT_OCTAVES for sure."""
         low, high = -MAX_SHIFT_OCTAVES, MAX_SHIFT_OCTAVES
         if self.ci is not None:
             return self.ci[0] > high or self.ci[1] < low
@@ -51,7 +52,7 @@ class Shift:
 
     @property
     def inside(self) -> bool:
-        """Whether the shift is within +-1/2 octave for sure."""
+        """Whether the shift is within +-MAX_SHIFT_OCTAVES for sure."""
         return self.ci is not None and max(map(abs, self.ci)) <= MAX_SHIFT_OCTAVES
 
 
@@ -108,7 +109,6 @@ class Verdict:
     parameterization: str
     answer: Answer
     reason: str
-    rule: str = RULE
 
 
 def basin_sets(table: pd.DataFrame, metric: str = "train_loss") -> list[BasinSet]:
@@ -129,13 +129,12 @@ def shift(panel: Panel, line: Line) -> Shift:
         found = line.optimum.x is not None
         return Shift(0.0, (0.0, 0.0)) if found else Shift(None)
     here, there = line.optimum, reference.optimum
-    if here.x is not None and there.x is not None:
-        value = here.x - there.x
-        if here.ci is None or there.ci is None:
-            return Shift(value)
+    value = None if here.x is None or there.x is None else here.x - there.x
+    if here.x is not None and there.x is not None and here.ci is not None and there.ci is not None:
         # The intervals are lopsided: variances recovered from each side separately.
         # Source: Zou and Donner, Stat. Med. 27 (2008) 1693; ASSUMPTION: independent
         # (conservative).
+        value = here.x - there.x
         return Shift(
             value,
             (
@@ -143,27 +142,24 @@ def shift(panel: Panel, line: Line) -> Shift:
                 value + math.hypot(here.ci[1] - here.x, there.x - there.ci[0]),
             ),
         )
-    # At least one is censored: a bound needs this line's lower and the reference's upper end, or
-    # the reverse.
-    least = _end(line, "low")
-    most = _end(line, "high")
+    # Some end is not known: a bound needs this line's lower and the reference's upper end, or the
+    # reverse.
+    least, most = _end(line, "low"), _end(line, "high")
     reference_least, reference_most = _end(reference, "low"), _end(reference, "high")
     if least is not None and reference_most is not None:
-        return Shift(None, bound=least - reference_most, side="high")
+        return Shift(value, bound=least - reference_most, side="high")
     if most is not None and reference_least is not None:
-        return Shift(None, bound=most - reference_least, side="low")
-    return Shift(None)
+        return Shift(value, bound=most - reference_least, side="low")
+    return Shift(value)
 
 
 def _end(line: Line, side: Side) -> float | None:
     """Return the least ("low") or greatest ("high") x at which the line's optimum may lie."""
     best = line.optimum
-    if best.censored:
-        # An optimum above its bound has a least value, the bound, and no greatest.
-        return best.bound if best.side != side else None
-    if best.ci is None:
-        return None
-    return best.ci[0] if side == "low" else best.ci[1]
+    if best.ci is not None:
+        return best.ci[0] if side == "low" else best.ci[1]
+    # An optimum above its bound has a least value, the bound, and no greatest.
+    return best.bound if best.side != side else None
 
 
 def entries(sets: Sequence[BasinSet]) -> list[Entry]:
@@ -242,14 +238,15 @@ def _at(entry: Entry) -> str:
 
 
 def shift_text(entry: Entry) -> str:
-    """Return the shift in words: +0.10 octaves (+0.02 to +0.18), >= +2.10 octaves, unknown."""
+    """Return the shift in words: +0.10 octaves (+0.02 to +0.18), +3.00 octaves (>= +2.10), >= +2.10 octaves, unknown."""
+    bound = ""
+    if entry.shift_bound is not None:
+        bound = f"{'>=' if entry.shift_bound_side == 'high' else '<='} {entry.shift_bound:+.2f}"
     if entry.shift_octaves is not None:
         ci = entry.shift_ci
-        interval = "no CI" if ci is None else f"{ci[0]:+.2f} to {ci[1]:+.2f}"
+        interval = bound or "no CI" if ci is None else f"{ci[0]:+.2f} to {ci[1]:+.2f}"
         return f"{entry.shift_octaves:+.2f} octaves ({interval})"
-    if entry.shift_bound is not None:
-        return f"{'>=' if entry.shift_bound_side == 'high' else '<='} {entry.shift_bound:+.2f} octaves"
-    return "unknown"
+    return f"{bound} octaves" if bound else "unknown"
 
 
 def write(found: Sequence[Entry], folder: Path, statements: Sequence[Mapping[str, Any]] = ()) -> list[Path]:
@@ -269,4 +266,4 @@ def write(found: Sequence[Entry], folder: Path, statements: Sequence[Mapping[str
 
 
 def _write_json(value: Any, path: Path) -> Path:
-    return files.write(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    return write_file(path, json.dumps(value, indent=2, allow_nan=False) + "\n")

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
 
 import torch
 
-from supar_sweep.sparse.linear import MaskedLinear, choose_route, set_route
+from supar_sweep.sparse.linear import ROUTES, MaskedLinear, choose_route, set_route
 from supar_sweep.sweep.tables import render
 
 TOKENS, ROUNDS = 512, 30
@@ -26,15 +25,13 @@ def pass_s(layer: MaskedLinear, x: torch.Tensor) -> float:
     return time.perf_counter() - begun_s
 
 
-def interleaved(
-    layer: MaskedLinear, x: torch.Tensor, measure: Callable[[MaskedLinear, torch.Tensor], float]
-) -> dict[str, float]:
+def interleaved(layer: MaskedLinear, x: torch.Tensor) -> dict[str, float]:
     """Return each route's median over ROUNDS, the routes taken in turn so that a drifting machine hits both."""
-    times: dict[str, list[float]] = {"torch": [], "onednn": []}
+    times: dict[str, list[float]] = {route: [] for route in ROUTES}
     for _ in range(ROUNDS):
         for route, seen in times.items():
             set_route(layer, route)
-            seen.append(measure(layer, x))
+            seen.append(pass_s(layer, x))
     return {route: statistics.median(seen) for route, seen in times.items()}
 
 
@@ -46,7 +43,7 @@ def main() -> None:
         layer = MaskedLinear(fan_in, fan_out, bias=False)
         torch.nn.init.normal_(layer.weight)
         x = torch.randn(TOKENS, fan_in, requires_grad=True)
-        median_s = interleaved(layer, x, pass_s)
+        median_s = interleaved(layer, x)
         exact = x.detach().double() @ layer.weight.detach().double().T
         set_route(layer, "onednn")
         error = ((layer(x).double() - exact).abs().max() / exact.abs().max()).item()

@@ -24,15 +24,17 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from supar_sweep.errors import RecordError
+from supar_sweep.sweep.jobs import Event, Job, folder_of
 from supar_sweep.sweep.records import End
 from supar_sweep.training.environment import LAUNCH_ENV
 from supar_sweep.training.worker import GUARDED, RUN_CELL
 
-from .protocol import Event, Job, folder_of
 from .state import describe_exit
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 LAST_WORDS_CHARS = 200
+LEAVE_S = 10.0
+"""How long a worker that has hung up may take to end: a thread or a driver may keep it for ever."""
 
 
 class LocalLauncher:
@@ -54,7 +56,7 @@ class LocalLauncher:
         processes: int | None,
         threads: int,
         log_folder: Path,
-        grace_s: float = 30.0,
+        grace_s: float,
         function: str = RUN_CELL,
     ) -> None:
         self.slots = processes or max(1, len(os.sched_getaffinity(0)) // threads)
@@ -256,7 +258,7 @@ class _Worker:
 
     def is_dead(self) -> bool:
         """Return whether the process has ended. A closed socket means that it is about to: then
-        this waits for it.
+        this waits for it, and kills one that does not come to its end.
         """
         if self.process.poll() is not None:
             return True
@@ -267,7 +269,11 @@ class _Worker:
         except OSError:
             closed = True
         if closed:
-            self.process.wait()
+            try:
+                self.process.wait(LEAVE_S)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
         return closed
 
     def close(self) -> Job | None:

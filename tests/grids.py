@@ -24,7 +24,7 @@ from tests.tiny import tiny_cell, tiny_runtime
 
 
 def pool(runs: Path, processes: int = 2, **options: Any) -> LocalLauncher:
-    options = {"function": fake_cells.RUN, **options}
+    options = {"function": fake_cells.RUN, "grace_s": 30.0, **options}
     return LocalLauncher(processes=processes, threads=1, log_folder=runs / "logs", **options)
 
 

@@ -26,6 +26,10 @@ def xs(line: Line2D) -> list[float]:
     return [float(x) for x in np.asarray(line.get_xdata())]
 
 
+def ys(line: Line2D) -> list[float]:
+    return [float(y) for y in np.asarray(line.get_ydata())]
+
+
 def luminance(color: str) -> float:
     r, g, b = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color))
     return 0.2126 * r + 0.7152 * g + 0.0722 * b
@@ -91,6 +95,45 @@ def test_diverged_points_stand_at_the_top_edge() -> None:
     assert len(crosses) == 3 * 2 * 2  # panels, densities, x
     assert all(float(np.asarray(line.get_ydata())[0]) > 0.85 for line in crosses)  # of the axes' height
     assert "diverged" in legend_texts(drawn)
+
+
+def test_marks_at_the_edge_stand_side_by_side() -> None:
+    changed = rows(optima={"sp": (-9.0, -6.5)})
+    for row in changed:
+        if row["lr"] == 2.0**-2:
+            row["end"], row["train_loss"] = "diverged", None
+    (axes,) = draw(lr_basins(frame(changed))).axes
+    crosses = [line for line in axes.lines if line.get_marker() == "x"]
+    places = [line.get_transform().transform((xs(line)[0], ys(line)[0])) for line in crosses]
+    centre = float(np.mean([x for x, _ in places]))
+    assert len({round(float(x), 3) for x, _ in places}) == len(crosses) == 2
+    assert len({round(float(y), 3) for _, y in places}) == 1
+    assert centre == pytest.approx(axes.transData.transform((-2, 0))[0])
+
+
+def test_an_interval_with_one_end_is_drawn_from_that_end() -> None:
+    flat = rows(optima={"mup": (-8.0, -8.0)})
+    for row in flat:
+        x = np.log2(row["lr"])
+        if row["density"] < 1:
+            noise = row["train_loss"] - 2.4 - 0.02 * (x + 8) ** 2 - 0.01 * row["seed"]
+            row["train_loss"] = 2.4 + 0.02 * max(-5 - x, 0) ** 2 + 2e-4 * (x + 3) ** 2 + 2 * noise
+    data = lr_basins(frame(flat))
+    best = data.panels[0].lines[1].optimum
+    assert (best.status, best.ci, best.side) == ("fitted", None, "high")
+    (bar,) = [line for line in draw(data).axes[0].lines if line.get_marker() == "|" and len(xs(line)) == 2]
+    assert xs(bar) == [best.bound, best.x]
+
+
+def test_an_optimum_without_an_interval_does_not_look_like_a_sure_one() -> None:
+    short = [row for row in rows(optima={"sp": (-9.0, -9.0)}, n_seeds=1) if 2.0**-11 <= row["lr"] <= 2.0**-8]
+    data = lr_basins(frame(short))
+    assert [line.optimum.ci for line in data.panels[0].lines] == [None, None]
+    drawn = draw(data)
+    assert [line.get_marker() for line in drawn.axes[0].lines].count("D") == 2
+    assert "fitted optimum, open-ended CI" in legend_texts(drawn)
+    assert "fitted optimum, 95% CI" not in legend_texts(drawn)
+    assert "fitted optimum, open-ended CI" not in legend_texts(draw(basins()))
 
 
 def test_a_huge_loss_does_not_squash_the_panel() -> None:

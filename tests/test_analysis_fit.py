@@ -116,6 +116,25 @@ def test_divergence_beside_the_lowest_mean_brackets_the_optimum() -> None:
     assert "diverge" in found.reason
 
 
+def test_a_bracket_ends_at_the_first_mean_clearly_above_the_lowest() -> None:
+    # beside a wall the loss climbs so slowly that no neighbours can be told apart, but those further on can
+    slope, wall = 0.008, -13.0
+    reach = []
+    for seed in range(20):
+        climbing = line(lambda x: 2.4 + slope * (x - wall), np.arange(wall, -1.9), 3, 0.01, (wall,), seed)
+        found = fit_one(climbing).optimum
+        if found.status == "bracketed" and found.ci is not None and found.x is not None:
+            reach.append(found.ci[1] - found.x)
+    assert len(reach) >= 10
+    assert np.median(reach) <= 4
+
+
+def test_a_flat_line_beside_a_wall_has_no_interval_rather_than_a_wrong_one() -> None:
+    flat = fit_one(line(lambda x: 2.4, np.arange(-10.0, -5.9), 1, 0.0, (-10.0,))).optimum
+    assert (flat.status, flat.x, flat.ci) == ("bracketed", -9.0, None)
+    assert "too flat" in flat.reason
+
+
 def test_an_x_at_which_one_of_the_seeds_diverged_is_not_eligible() -> None:
     # The survivor's loss at -6 would be the lowest by far.
     points = line(bowl(-7.2), noise=0.002)

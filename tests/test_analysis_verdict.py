@@ -2,15 +2,17 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from analysis.frames import frame
 from analysis.statements import moves_less_than, moves_more_than, quickstart_statements
 from analysis.tables import COLUMNS, verdict_rows
-from analysis.verdict import Entry, Shift, basin_sets, entries, verdicts, write
+from analysis.verdict import MAX_SHIFT_OCTAVES, Entry, Shift, basin_sets, entries, shift_text, verdicts, write
 from tests.basin_rows import rows
 
 
@@ -98,6 +100,28 @@ def test_both_censored_on_one_side_says_nothing() -> None:
     assert (sparse.shift_octaves, sparse.shift_bound) == (None, None)
 
 
+def half_open(noise: float) -> list[Entry]:
+    """Entries of a sparse line that falls steeply and is flat from -5 on: the noise leaves its optimum one end."""
+    found = rows(optima={"mup": (-8.0, -8.0)}, noise=0.0)
+    rng = np.random.default_rng(1)
+    for row in found:
+        x = math.log2(row["lr"])
+        if row["density"] < 1:
+            row["train_loss"] = 2.4 + 0.02 * max(-5 - x, 0) ** 2 + 2e-4 * (x + 3) ** 2
+        row["train_loss"] += rng.normal(0, noise)
+    return entries(basin_sets(frame(found)))
+
+
+def test_an_interval_with_one_end_is_a_bound() -> None:
+    sparse = entry(half_open(noise=0.004), "mup", 1 / 16)
+    assert (sparse.status, sparse.ci, sparse.shift_ci) == ("fitted", None, None)
+    assert sparse.bound_side == sparse.shift_bound_side == "high"
+    assert sparse.bound < sparse.log2_lr_opt
+    assert 0.5 < sparse.shift_bound < sparse.shift_octaves
+    assert sparse.shift.outside
+    assert f"octaves (>= {sparse.shift_bound:+.2f})" in shift_text(sparse)
+
+
 @pytest.mark.parametrize(
     ("shift", "inside", "outside"),
     [
@@ -146,6 +170,20 @@ def test_the_best_losses_are_compared_at_the_lowest_density() -> None:
     assert sp - supar == pytest.approx(0.1, abs=0.01)
 
 
+def test_best_losses_at_different_widths_are_not_compared() -> None:
+    mixed = rows(optima={"supar": (-6.0, -6.0)}, width=512) + rows(optima={"sp": (-9.0, -6.5)})
+    statement = quickstart_statements(entries(basin_sets(frame(mixed))))[2]
+    assert statement.holds is None
+    assert "differ" in statement.note
+
+
+def test_a_statement_shows_how_sure_its_number_is() -> None:
+    found = judged(optima={"supar": (-7.0, -6.6)}, noise=0.01)
+    statement = moves_less_than(found, "supar", 0.5)
+    low, high = entry(found, "supar", 1 / 16).shift_ci
+    assert f"({low:+.2f} to {high:+.2f})" in statement.note
+
+
 def test_statements_without_their_lines_are_not_true_or_false() -> None:
     only = judged(optima={"mup": (-7.0, -5.0)})
     assert [s.holds for s in quickstart_statements(only)] == [None, None, None]
@@ -186,7 +224,7 @@ def test_the_files_hold_one_entry_per_line_and_no_nan(tmp_path: Path) -> None:
     assert censored["log2_lr_opt"] is None
     written = json.loads(summary.read_text(), parse_constant=refuse)
     assert set(written["verdicts"]) == {"sp", "supar"}
-    assert "1/2 octave" in written["rule"]
+    assert f"+-{MAX_SHIFT_OCTAVES:g} octaves" in written["rule"]
     assert len(written["statements"]) == 3
     assert sorted(path.name for path in verdict.parent.iterdir()) == [
         "summary.json",

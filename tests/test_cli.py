@@ -214,6 +214,9 @@ def test_transfer_tables_carry_formula_and_source(capsys: pytest.CaptureFixture[
     assert "m_d^-1 m_rho^-1" in out
     assert "SuPar table 1, hidden LR" in out
     assert "hold fixed" in err
+    assert "live weights a neuron" not in err
+    _, _, err = call(capsys, "transfer", "target.width=128", "target.density=0.0625")
+    assert "8 live weights a neuron" in err  # 128 / 16
 
 
 def test_transfer_warns_where_proxy_and_target_differ(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

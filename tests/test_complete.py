@@ -165,6 +165,18 @@ def test_a_torn_record_is_set_aside_and_trained_again(runs_dir: Path, content: s
     assert (torn.path / "result.json.corrupt").read_text() == content
 
 
+def test_a_record_that_cannot_be_read_is_not_taken_to_be_torn(runs_dir: Path) -> None:
+    plan = seeds(0, 1)
+    run(runs_dir, plan)
+    unread = folders(experiment(runs_dir).store, plan)[plan.points[0]["cell_id"]].path / "result.json"
+    unread.unlink()
+    unread.mkdir()  # the superuser may read any file, but no folder
+    summary = run(runs_dir, plan)
+    assert dict(summary.counts) == {"n": 2, "failed": 1, "done": 1}
+    assert "cannot read" in summary.troubles[0].message
+    assert unread.is_dir()
+
+
 def test_a_runs_folder_that_cannot_be_is_an_error_before_anything_starts(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(RecordError, match=r"cannot write .*(Not a directory|exists)"):

@@ -256,10 +256,12 @@ def test_hf_without_datasets_says_how_to_get_it() -> None:
 def test_hf_reads_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
     folder = tmp_path / "set"
-    write(folder / "train.jsonl", b'{"text": "one"}\n{"text": "two"}\n')
+    write(folder / "train.jsonl", b'{"text": "one", "n": 1}\n{"text": null, "n": 2}\n{"text": "two", "n": 3}\n')
     corpus = load_corpus(hf(folder))
     assert bytes(corpus.train) + bytes(corpus.val) == b"one\ntwo"
     with pytest.raises(DataError, match=r"data\.column: no such column .*body.* allowed: text"):
         load_corpus(hf(folder, column="body"))
+    with pytest.raises(DataError, match=r"data\.column: 'n' holds no text"):
+        load_corpus(hf(folder, column="n"))
     with pytest.raises(DataError, match=r"data\.dataset: cannot load"):
         load_corpus(hf(tmp_path / "gone"))

@@ -35,6 +35,8 @@ def test_encode_undoes_decode() -> None:
         ("model.bias", 1, "must be true or false"),
         ("density", "half", "must be a number"),
         ("density", math.nan, "must be a number"),
+        ("density", "nan", "must be a number"),
+        ("optimizer.beta2", 1, ">= 0 and < 1"),
         ("density", 0, "> 0 and <= 1"),
         ("density", 1.5, "> 0 and <= 1"),
         ("density", -0.5, "> 0 and <= 1"),

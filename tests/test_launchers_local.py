@@ -7,15 +7,18 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from launchers import local
 from launchers.local import LocalLauncher
-from launchers.protocol import Event, Launcher, folder_of
+from supar_sweep.sweep.jobs import Event, Launcher, folder_of
 from supar_sweep.sweep.status import cell_state
 from tests import fake_cells
 from tests.grids import alive, job_of, pool, wait_for
@@ -93,6 +96,7 @@ def test_each_worker_has_its_threads_and_sleeps_when_idle(runs_dir: Path) -> Non
         processes=1,
         threads=3,
         log_folder=runs_dir / "logs",
+        grace_s=30.0,
         function="tests.test_launchers_local:tell",
     ) as launcher:
         launcher.submit(job_of(runs_dir, 0))
@@ -112,7 +116,7 @@ def tell(job: dict[str, Any], *, should_stop: object) -> str:
 def test_as_many_workers_as_cores_unless_told(runs_dir: Path) -> None:
     cores = len(os.sched_getaffinity(0))
     for threads in (1, cores, 10 * cores):
-        made = LocalLauncher(processes=None, threads=threads, log_folder=runs_dir)
+        made = LocalLauncher(processes=None, threads=threads, log_folder=runs_dir, grace_s=0.0)
         assert made.slots == max(1, cores // threads)
         made.close()
 
@@ -160,6 +164,22 @@ def test_a_worker_asked_to_leave_saves_and_the_pool_goes_on(runs_dir: Path) -> N
         ends = through(launcher, [next_one])
     # a job given to it before its leave was noticed died with it: the coordinator's to try again
     assert ends[next_one["cell_id"]].end in ("done", "failed")
+
+
+def hang_up(job: dict[str, Any], *, should_stop: object) -> str:
+    """A worker that says no more to its parent and does not end, as in a driver's teardown."""
+    socket.socket(fileno=int(sys.argv[1])).shutdown(socket.SHUT_RDWR)
+    threading.Event().wait()
+    return "done"
+
+
+def test_a_worker_that_hung_up_and_does_not_end_is_killed(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "LEAVE_S", 0.2)
+    with pool(runs_dir, processes=1, function="tests.test_launchers_local:hang_up") as launcher:
+        launcher.submit(job_of(runs_dir, 0))
+        (event,) = launcher.events(30)
+    assert (event.end, event.died) == ("failed", True)
+    assert "signal 9" in event.message
 
 
 PARENT = """

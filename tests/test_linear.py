@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from supar_sweep.errors import ConfigError
-from supar_sweep.sparse.linear import MAX_ROUTE_ERROR, ROUTES, MaskedLinear, attach_mask, named_masks, zero_dead
+from supar_sweep.sparse.linear import MAX_ROUTE_ERROR, ROUTES, MaskedLinear, attach_mask, named_masks
 from supar_sweep.sparse.masks import dense_mask
 from tests.small_linear import FAN_IN, FAN_OUT, N_LIVE, inputs, layer, precision
 
@@ -194,13 +194,12 @@ def test_a_checkpoint_without_the_mask_is_refused() -> None:
         layer(None).load_state_dict(layer().state_dict())
 
 
-def test_zero_dead_after_writing_weights() -> None:
-    model: Any = nn.Sequential(layer(), layer(None))
-    for linear in model:
-        nn.init.constant_(linear.get_parameter("weight"), float("nan"))
-    zero_dead(model)
-    assert bool((model[0].weight[dead(model[0])] == 0).all())
-    assert bool(model[1].weight.isnan().all())
+def test_attaching_after_writing_weights_zeroes_whatever_was_written() -> None:
+    masked = layer()
+    nn.init.constant_(masked.weight, float("nan"))
+    attach_mask(masked, "weight", masked.weight_mask)
+    assert bool((masked.weight[dead(masked)] == 0).all())
+    assert bool(masked.weight[~dead(masked)].isnan().all())
 
 
 def test_named_masks_use_the_parameters_dotted_names() -> None:

@@ -262,7 +262,7 @@ def test_a_training_function_of_ones_own(tmp_path: Path) -> None:
     assert run_cell(job) == "done"
     result = result_of(job)
     assert (result["summary"]["train_loss"], result["resumed_from_step"]) == (0.1, 4)
-    assert result["colour"] == "green"
+    assert (result["colour"], result["end"]) == ("green", "done")
     assert [line["step"] for line in folder_of(job).metrics()] == list(range(1, 11))
 
 
@@ -275,7 +275,7 @@ def counts_to_ten(cell: Any, runtime: Any, corpus: Any, *, sink: Any, resume: An
         sink.save(step, {"total": torch.tensor(step)})
         if should_stop():
             return Outcome(end="cancelled", steps_done=step)
-    return Outcome(end="done", steps_done=10, train_loss=0.1, facts={"colour": "green"})
+    return Outcome(end="done", steps_done=10, train_loss=0.1, facts={"colour": "green", "end": "red"})
 
 
 def test_a_corpus_is_read_once_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,6 +299,33 @@ def test_a_job_is_plain_json_and_a_moved_store_still_works(tmp_path: Path) -> No
     moved = {**job, "store": str(tmp_path / "there")}
     assert run_cell(moved) == "done"
     assert result_of(moved)["resumed_from_step"] == 4
+
+
+FREED = """
+import gc, sys, weakref
+from supar_sweep.training import environment, train
+from supar_sweep.training.corpus import load_corpus
+from tests.short_runs import run
+from tests.tiny import tiny_cell
+
+environment.prepare_process(1)
+built, models = train.build, []
+
+def build(cell):
+    model, plans = built(cell)
+    models.append(weakref.ref(model))
+    return model, plans
+
+train.build = build
+gc.disable()
+run(load_corpus(tiny_cell().data))
+sys.exit(len(models) != 1 or models[0]() is not None)
+"""
+
+
+def test_a_workers_first_model_is_freed_without_waiting_for_the_collector() -> None:
+    root = Path(__file__).resolve().parent.parent
+    assert subprocess.run([sys.executable, "-c", FREED], cwd=root, timeout=120).returncode == 0
 
 
 def test_importing_run_cell_loads_no_torch() -> None:

@@ -79,6 +79,10 @@ def out_of_gpu_memory(*_: Any, **__: Any) -> Outcome:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1024 GiB")
 
 
+def no_room_on_the_gpu(*_: Any, **__: Any) -> Outcome:
+    raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported")
+
+
 def broken(*_: Any, **__: Any) -> Outcome:
     return Outcome(end="done", steps_done=1 // 0)
 
@@ -103,6 +107,7 @@ def returns_nonsense(*_: Any, **__: Any) -> Any:
         (out_of_memory, "oom", "out of memory"),
         (out_of_torch_memory, "oom", "RuntimeError: "),
         (out_of_gpu_memory, "oom", "OutOfMemoryError: CUDA out of memory"),
+        (no_room_on_the_gpu, "oom", "RuntimeError: CUDA error: out of memory"),
         (broken, "failed", "ZeroDivisionError: "),
         (leaves, "failed", "SystemExit: enough"),
         (returns_nonsense, "failed", "train.target: must return"),

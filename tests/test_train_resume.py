@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from supar_sweep.errors import CheckpointError
+from supar_sweep.training import train as train_module
 from supar_sweep.training.corpus import Corpus, load_corpus
 from tests.short_runs import run
 from tests.tiny import tiny_cell
@@ -50,6 +51,16 @@ def test_a_stopped_run_goes_on_as_if_it_never_stopped(
     assert (done.train_loss, done.val_loss) == (whole.train_loss, whole.val_loss)
     assert done.last_finite_loss == whole.last_finite_loss
     assert done.facts["train_s"] > (first.saved[stop_after]["train_s"] if stop_after else 0)
+
+
+def test_a_stop_with_losses_unread_loses_none(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, whole_sink = run(corpus)
+    monkeypatch.setattr(train_module, "CPU_READ_STEPS", 5)  # as a GPU's: seven steps leave two unread
+    answers = iter([None] * 7 + ["timeout"])
+    _, first = run(corpus, should_stop=lambda: next(answers))
+    done, second = run(corpus, resume=first.saved[7])
+    assert first.lines + second.lines == whole_sink.lines
+    assert (done.train_loss, done.val_loss) == (whole.train_loss, whole.val_loss)
 
 
 def test_a_run_that_was_killed_after_its_last_checkpoint_only_reports(corpus: Corpus) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 from supar_sweep.sweep.records import Attempt
 from supar_sweep.sweep.trainer import CellEnd, CellTrainer
 from tests import fake_cells
-from tests.grids import experiment, plan_of, pool
+from tests.grids import experiment, plan_of, pool, wait_for, worker_pids
 from tests.tiny import tiny_cell, tiny_runtime
 
 
@@ -38,6 +40,18 @@ def test_the_trainer_tells_each_end_once_with_its_result(runs_dir: Path) -> None
     assert end.cell_id == again == ends[0].cell_id
     assert end.result == ends[0].result
     assert end.result is not None
+
+
+def test_a_cell_whose_worker_was_told_to_leave_is_tried_again(runs_dir: Path) -> None:
+    with pool(runs_dir, processes=1) as launcher:
+        training = trainer(runs_dir, launcher)
+        training.submit(tiny_cell(seed=fake_cells.SLOW))
+        wait_for(lambda: list(runs_dir.glob("cells/*/*/checkpoints/last.json")))
+        (pid,) = worker_pids(runs_dir)
+        os.kill(pid, signal.SIGTERM)
+        (end,) = training.ends(60)
+    assert end.end == "done"
+    assert len(worker_pids(runs_dir)) > 1
 
 
 def test_the_trainer_waits_for_a_cell_that_another_process_trains(runs_dir: Path) -> None:

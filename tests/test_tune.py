@@ -173,6 +173,21 @@ def test_failed_trials_are_not_told_and_stop_the_study(tmp_path: Path) -> None:
         run(tmp_path, Basin(fails_above_log2_lr=-20.0))
 
 
+def test_the_last_error_is_told_while_other_trials_are_under_way(tmp_path: Path) -> None:
+    with pytest.raises(SuparError, match="3 trials on end failed; the last error: boom"):
+        run(tmp_path, Basin(fails_above_log2_lr=-20.0), study(batch_trials=None))
+
+
+def test_a_record_without_the_metric_is_a_failure_that_says_so(tmp_path: Path) -> None:
+    class Unmeasured(Basin):
+        def ends(self, timeout_s: float) -> Sequence[CellEnd]:
+            summary = {"train_loss": 1.0, "val_loss": None}
+            return [replace(each, result={"summary": summary}) for each in super().ends(timeout_s)]
+
+    with pytest.raises(SuparError, match="its record has no val_loss"):
+        run(tmp_path, Unmeasured(), study(metric="val_loss"))
+
+
 @pytest.mark.parametrize("sampler", ["tpe", "random", "qmc", "gp", "cma"])
 def test_every_sampler_runs_and_resumes(tmp_path: Path, sampler: str) -> None:
     if sampler == "cma":

@@ -17,6 +17,7 @@ from supar_sweep.cli.launch import (
     price,
     shape_key,
 )
+from supar_sweep.cli.main import INTERRUPTED
 from supar_sweep.cli.output import emit, say
 from supar_sweep.cli.progress import Live, duration
 from supar_sweep.cli.settings import Settings
@@ -28,7 +29,7 @@ from supar_sweep.sweep.status import STATES, first_errors, states, status_counts
 from supar_sweep.sweep.submission import Plan
 from supar_sweep.training.cost import count_parameters, memory_gb
 
-INCOMPLETE, INTERRUPTED = 1, 130
+INCOMPLETE = 1
 
 METRICS_LINE_BYTES = 150
 CELL_OVERHEAD_BYTES = 12_000

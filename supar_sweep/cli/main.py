@@ -2,7 +2,7 @@
 
 Everything after the command word is Hydra's: groups, overrides, --cfg job, --help, tab completion.
 Errors that are meant for people are one line on stderr. Exit codes: 0 done, 1 some cells failed,
-2 the request was wrong, 130 interrupted.
+2 the request was wrong or could not be carried out, 130 interrupted.
 """
 
 from __future__ import annotations

@@ -241,7 +241,8 @@ def held_fixed(cell: CellConfig) -> list[str]:
 
 
 def warnings(cell: CellConfig, settings: Settings) -> list[str]:
-    """Return where proxy (as far as it is known) and target differ in what must be held fixed.
+    """Return where proxy (as far as it is known) and target differ in what must be held fixed, and what the target
+    asks of the rules beyond their reach.
 
     Args:
         cell: the target.
@@ -269,7 +270,20 @@ def warnings(cell: CellConfig, settings: Settings) -> list[str]:
         found.append(f"base: tuned in units of {encode(winner.base)}, used with {encode(cell.base)}")
     if cell.ratios().m_L != 1 and cell.depth != "completep":
         found.append(f"m_L = {cell.ratios().m_L:g}: only depth=completep carries learning rates over depth")
-    return found
+    return found + _few_live(cell)
+
+
+def _few_live(cell: CellConfig) -> list[str]:
+    """Return a line where the sparsest layer has too few live weights a neuron for the rules to hold."""
+    from supar_sweep.sparse.density import MIN_LIVE_PER_NEURON, live_counts, live_per_neuron
+    from supar_sweep.training.cost import sparse_shapes
+
+    shapes = sparse_shapes(cell)
+    live = live_counts(cell.layer_density, shapes, cell.density)
+    fewest = min(live_per_neuron(fan_in, live[name] / (fan_out * fan_in)) for name, (fan_out, fan_in) in shapes.items())
+    if fewest >= MIN_LIVE_PER_NEURON:
+        return []
+    return [f"{fewest:g} live weights a neuron: below {MIN_LIVE_PER_NEURON} the best lr drifts under SuPar too"]
 
 
 def _departures(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

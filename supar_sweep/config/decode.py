@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import types
 from collections.abc import Mapping, Sequence
@@ -51,7 +52,11 @@ def _hints(cls: type[Any]) -> dict[str, Any]:
 
 
 def encode(config: Any) -> Any:
-    """Return the plain form (dicts, lists, scalars) of a dataclass: `decode` of it gives the dataclass back."""
+    """Return the plain form (dicts, lists, scalars) of a dataclass: `decode` of it gives the dataclass back.
+
+    Args:
+        config: a dataclass of the schema, or what its fields hold.
+    """
     if is_dataclass(config):
         return {item.name: encode(getattr(config, item.name)) for item in fields(config)}
     if isinstance(config, (list, tuple)):
@@ -102,16 +107,11 @@ def _scalar(hint: Any, value: Any, key: str) -> Any:
         return value
     if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if math.isnan(value):
-            raise ConfigError(key, "must be a number", value=value)
-        return float(value)
-    if hint is float and isinstance(value, str):
-        # YAML reads 1e-3 (no dot) as text; Hydra hands it on
-        try:
-            return float(value)
-        except ValueError:
-            pass
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        # text: YAML reads 1e-3 (no dot) as such, and Hydra hands it on
+        with contextlib.suppress(ValueError):
+            if not math.isnan(number := float(value)):
+                return number
     if hint is str and isinstance(value, str):
         return value
     names = {int: "an integer", float: "a number", bool: "true or false", str: "text"}

@@ -10,11 +10,12 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from typing import Any, get_args
 
 from supar_sweep.errors import ConfigError
 from supar_sweep.rules.hparams import BaseShape, HParams, Ratios
 from supar_sweep.rules.parameterization import (
+    PARAMETERIZATIONS,
     DecayMode,
     DepthRule,
     Method,
@@ -34,14 +35,27 @@ def setting(
     ge: float | None = None,
     gt: float | None = None,
     le: float | None = None,
+    lt: float | None = None,
 ) -> Any:
-    """Return a dataclass field with its documentation and range as metadata (checked by `check_ranges`)."""
-    metadata = {"doc": doc, "choices": tuple(choices), "ge": ge, "gt": gt, "le": le}
+    """Return a dataclass field with its documentation and range as metadata (checked by `check_ranges`).
+
+    Args:
+        doc: what it is, in words.
+        default: its default; without one, conf/ must set it.
+        choices: the names that may stand there.
+        ge, gt, le, lt: the range of a number: >=, >, <=, <.
+    """
+    metadata = {"doc": doc, "choices": tuple(choices), "ge": ge, "gt": gt, "le": le, "lt": lt}
     return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
 
 
 def later(doc: str, *, default: Any, **limits: Any) -> Any:
-    """Return a field added after release 0.1: left out of the identity while it stands at its behaviour-keeping default."""
+    """Return a field added after release 0.1: left out of the identity while it stands at its behaviour-keeping default.
+
+    Args:
+        doc, limits: as for `setting`.
+        default: the value that trains as the releases without the field did.
+    """
     made = setting(doc, default=default, **limits)
     made.metadata = {**made.metadata, IDENTITY_DEFAULT: default}
     return made
@@ -65,6 +79,7 @@ def check_ranges(config: Any) -> None:
             ("ge", ">=", operator.ge),
             ("gt", ">", operator.gt),
             ("le", "<=", operator.le),
+            ("lt", "<", operator.lt),
         )
         limits = [(sign, meta[name], test) for name, sign, test in parts if meta.get(name) is not None]
         if limits and not (math.isfinite(value) and all(test(value, bound) for _, bound, test in limits)):
@@ -90,6 +105,9 @@ def require_only(config: Any, mode_key: str, used: dict[str, tuple[str, ...]]) -
         config: the dataclass; optional fields are None when not set.
         mode_key: the field that chooses the mode.
         used: mode -> the optional fields that it reads, all of them required.
+
+    Raises:
+        ConfigError: named by the field.
     """
     mode = getattr(config, mode_key)
     for name in sorted({name for names in used.values() for name in names}):
@@ -188,13 +206,13 @@ class DataConfig:
 class OptimizerConfig:
     """The optimizer and what it decays and clips. Its learning rate is hparams.lr."""
 
-    name: OptimizerName = setting("optimizer", choices=("adamw", "sgd"))
-    decay_mode: DecayMode = setting("how weight decay scales with shape", choices=("scaled", "coupled", "independent"))
+    name: OptimizerName = setting("optimizer", choices=get_args(OptimizerName))
+    decay_mode: DecayMode = setting("how weight decay scales with shape", choices=get_args(DecayMode))
     clip_norm: float | None = setting("clip the global gradient norm; null = never", gt=0)
-    beta1: float | None = setting("AdamW", default=None, ge=0, le=1)
-    beta2: float | None = setting("AdamW", default=None, ge=0, le=1)
+    beta1: float | None = setting("AdamW", default=None, ge=0, lt=1)
+    beta2: float | None = setting("AdamW", default=None, ge=0, lt=1)
     eps: float | None = setting("AdamW, in base units", default=None, gt=0)
-    momentum: float | None = setting("SGD", default=None, ge=0, le=1)
+    momentum: float | None = setting("SGD", default=None, ge=0, lt=1)
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -250,9 +268,9 @@ class TrainConfig:
 class CellConfig:
     """Everything that changes the numbers of one run, and nothing else."""
 
-    parameterization: Parameterization = setting("rules", choices=("sp", "mup", "supar", "init_only", "lr_only"))
-    sp_start: SpStart = setting("where SP's weights start", choices=("mup_dense", "own"))
-    depth: DepthRule = setting("depth rule", choices=("none", "gpt2", "completep"))
+    parameterization: Parameterization = setting("rules", choices=PARAMETERIZATIONS)
+    sp_start: SpStart = setting("where SP's weights start", choices=get_args(SpStart))
+    depth: DepthRule = setting("depth rule", choices=get_args(DepthRule))
     depth_alpha: float | None = setting("CompleteP's alpha", default=None, ge=0.5, le=1)
     density: float = setting("live share of the sparse layers' weights", gt=0, le=1)
     layer_density: str = setting("how density is shared between layers", choices=("uniform", "er"))

@@ -45,6 +45,9 @@ class BaseShape:
     Args:
         width: d_model of the base, >= 1.
         n_layer: depth of the base, >= 1.
+
+    Raises:
+        ConfigError: a value out of its range.
     """
 
     width: int

@@ -25,7 +25,7 @@ from supar_sweep.errors import ConfigError
 from supar_sweep.rules.hparams import Ratios
 
 RULES_VERSION = 1
-"""Part of every cell's identity: raised whenever a number below changes."""
+"""Part of every cell's identity: raised whenever a number below changes, or the noise or the masks (sparse/noise.py) do."""
 
 Role = Literal["embedding", "hidden", "hidden_residual", "head", "norm", "bias"]
 Quantity = Literal["init_var", "lr", "weight_decay", "eps", "forward"]
@@ -186,7 +186,13 @@ class Method:
 
 
 def find_rule(quantity: Quantity, where: Role | Site, optimizer: OptimizerName) -> Rule | None:
-    """Return the one row for a quantity and a role or site, or None where the optimizer has no such quantity (SGD's eps)."""
+    """Return the one row for a quantity and a role or site, or None where the optimizer has no such quantity (SGD's eps).
+
+    Args:
+        quantity: the quantity.
+        where: the role, or the site of a forward multiplier.
+        optimizer: the optimizer.
+    """
     rows = [
         rule
         for rule in TABLE
@@ -238,7 +244,7 @@ def multiplier(
         ratios: the layer's own ratios; dense roles ignore m_rho because their rows do not name it.
         in_block: whether the parameter sits inside a residual block.
         alpha_in, alpha_out: the tuned multipliers, for the forward rows that name them.
-        d_head: head dimension, for the attention row.
+        d_head: head dimension, >= 1; needed for the attention row, read nowhere else.
     """
     text = formula(quantity, where, method, in_block=in_block)
     if text is None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from supar_sweep.errors import ConfigError
 from supar_sweep.rules.hparams import HParams, Ratios
-from supar_sweep.rules.parameterization import Method, Role, multiplier
+from supar_sweep.rules.parameterization import Method, Quantity, Role, Site, multiplier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,15 +59,17 @@ def role_hparams(
         in_block: whether the parameter sits inside a residual block (CompleteP's columns act only there).
         eps: AdamW's eps in base units; None for SGD.
 
+    Raises:
+        ConfigError: AdamW without eps.
+
     Source: SuPar table 1: init_std = s * sqrt(init_var factor), lr = lr * factor; weight decay and eps: the table's rows.
     """
 
-    def factor(quantity: str) -> float | None:
-        return multiplier(quantity, role, method, ratios, in_block=in_block)  # type: ignore[arg-type]
+    def factor(quantity: Quantity) -> float | None:
+        return multiplier(quantity, role, method, ratios, in_block=in_block)
 
-    init_var, lr_mult, decay_mult, eps_mult = (
-        factor(quantity) for quantity in ("init_var", "lr", "weight_decay", "eps")
-    )
+    init_var, lr_mult = factor("init_var"), factor("lr")
+    decay_mult, eps_mult = factor("weight_decay"), factor("eps")
     assert init_var is not None and lr_mult is not None and decay_mult is not None
     if eps_mult is not None and eps is None:
         raise ConfigError("optimizer.eps", f"must be set for {method.optimizer}")
@@ -97,10 +99,10 @@ def forward_multipliers(method: Method, ratios: Ratios, hparams: HParams, *, d_h
     CP table 1: residual branch / m_L^alpha.
     """
 
-    def factor(site: str) -> float:
+    def factor(site: Site) -> float:
         value = multiplier(
             "forward",
-            site,  # type: ignore[arg-type]
+            site,
             method,
             ratios,
             in_block=site == "residual",

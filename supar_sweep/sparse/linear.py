@@ -88,15 +88,6 @@ def named_masks(module: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def zero_dead(module: nn.Module) -> None:
-    """Set the dead entries of every masked parameter in `module` to zero.
-
-    To be called by whoever writes weights in place, such as an initialization.
-    """
-    for child in module.modules():
-        _zero_own_dead(child)
-
-
 class MaskedLinear(nn.Module):
     """y = x W^T + b, with an optional mask on W and a choice of fp32 matmul.
 
@@ -110,6 +101,9 @@ class MaskedLinear(nn.Module):
         route: "torch" or "onednn" (see `choose_route`); "onednn" takes effect for float32 on the
             CPU outside autocast and torch.compile, everything else runs torch's own.
         device, dtype: of the parameters.
+
+    Raises:
+        ConfigError: unknown route.
     """
 
     def __init__(

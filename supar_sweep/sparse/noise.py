@@ -159,7 +159,11 @@ def uniform_ints(key: int, counters: npt.ArrayLike, high: int) -> npt.NDArray[np
 
 
 def row_blocks(n_rows: int, n_cols: int) -> list[tuple[int, int]]:
-    """Return [start, stop) row ranges that cover n_rows, of about BLOCK_ELEMENTS positions each."""
+    """Return [start, stop) row ranges that cover n_rows, of about BLOCK_ELEMENTS positions each.
+
+    Args:
+        n_rows, n_cols: the layer's shape, >= 0.
+    """
     step = max(1, BLOCK_ELEMENTS // max(1, n_cols))
     return [(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]
 

@@ -97,8 +97,8 @@ def complete(
 ) -> Summary:
     """Return what came of the grid, after every cell of the plan that is not complete was tried.
 
-    The plan is frozen to plan.json first. A cell that failed is tried once by each call; one whose
-    process died is tried again within the call. Ctrl-C (or SIGTERM) lets the cells save and ends
+    The plan is frozen to plan.json first. A cell that failed is tried once by each call; one that
+    lost its process is tried again within the call. Ctrl-C (or SIGTERM) lets the cells save and ends
     them as cancelled; a second one kills them.
 
     Args:
@@ -108,7 +108,7 @@ def complete(
         cost: relative price of a cell, > 0: the dear ones go first, so that no long one runs alone
             at the end.
         progress: told after each change; None = nobody.
-        retries: further tries of a cell whose process died without a word, >= 0.
+        retries: further tries of a cell whose process was lost (jobs.Event.lost), >= 0.
         alike: when so many first ends are the same failure, the rest is held, >= 1.
 
     Raises:
@@ -139,6 +139,7 @@ class _Run:
     first: list[str] = field(default_factory=list)
     held: int = 0
     interrupts: int = 0
+    paid: float = 0.0
 
     def through(self, interrupts: Interrupts) -> Summary:
         """Take the grid to its end, and return the summary."""
@@ -148,7 +149,7 @@ class _Run:
         self.costs = {this: self.cost(cell) for this, cell in self.plan.cells.items()}
         self._sort_out()
         skipped = sum(state.complete for state in self.states.values())
-        self.spent_s, self.paid, self.clock_s = 0.0, 0.0, time.monotonic()
+        self.paid, self.clock_s = 0.0, time.monotonic()  # what was set aside unmended cost nothing
         self._show()
         while self.todo or self.under_way or self.elsewhere:
             self._obey(interrupts.count)
@@ -245,9 +246,7 @@ class _Run:
         if self.interrupts:
             self.states[this] = CellState(event.end, event.message)
             return
-        # told to stop by somebody, not by us: as good as a death
-        died = event.died or event.end == "cancelled"
-        if died and self.deaths[this] < self.retries:
+        if event.lost and self.deaths[this] < self.retries:
             self.deaths[this] += 1
             self.todo.append(this)
             self.progress.message(

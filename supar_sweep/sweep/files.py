@@ -1,4 +1,4 @@
-"""JSON files that are whole or not there, and errors that name them. No torch."""
+"""Files that are whole or not there, JSON above all, and errors that name them. No torch."""
 
 from __future__ import annotations
 
@@ -13,8 +13,34 @@ from typing import Any
 from supar_sweep.errors import RecordError
 
 
+def write_file(path: Path, content: bytes | str) -> Path:
+    """Write a file so that a reader sees the old one or the whole new one, never a part; return its path.
+
+    Args:
+        path: target; its folder is made where it is missing.
+        content: text is written as UTF-8.
+
+    Raises:
+        RecordError: a full disk, a read-only folder.
+    """
+    # the token keeps two hosts with the same pid apart
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise cannot_write(path, error) from error
+    return path
+
+
 def write_json(path: Path, value: Mapping[str, Any], *, indent: int | None = 1) -> None:
-    """Write JSON so that a reader sees the old file or the whole new one, never a part.
+    """Write a mapping as JSON, with `write_file`.
 
     Args:
         path: target; its folder is made where it is missing.
@@ -25,20 +51,7 @@ def write_json(path: Path, value: Mapping[str, Any], *, indent: int | None = 1) 
         RecordError: a full disk, a read-only folder.
         ValueError: a NaN or an infinity.
     """
-    text = json.dumps(value, indent=indent, sort_keys=True, allow_nan=False)
-    # the token keeps two hosts with the same pid apart
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise cannot_write(path, error) from error
+    write_file(path, json.dumps(value, indent=indent, sort_keys=True, allow_nan=False) + "\n")
 
 
 def cannot_write(path: Path, error: OSError) -> RecordError:

@@ -36,14 +36,20 @@ class Event(NamedTuple):
         cell_id: whose.
         end: a typed end (records.End), or "busy": another process holds the cell.
         message: one line on the cause; "" where the end says it all.
-        died: the process ended without a word (killed, crashed): the machine's doing, so worth
-            another try.
+        died: the process ended without a word (killed, crashed).
     """
 
     cell_id: str
     end: str
     message: str = ""
     died: bool = False
+
+    @property
+    def lost(self) -> bool:
+        """Whether the cell's process was taken from it, killed or told to stop by somebody: worth another try, where it
+        was not the coordinator itself that told it.
+        """
+        return self.died or self.end == "cancelled"
 
 
 class Launcher(Protocol):

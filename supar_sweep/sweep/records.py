@@ -35,7 +35,7 @@ from supar_sweep.sweep import locks
 from supar_sweep.sweep.files import cannot_write, read_json, write_json
 
 RECORD_VERSION = 1
-End = Literal["done", "diverged", "oom", "timeout", "failed", "cancelled", "stale"]
+End = Literal["done", "diverged", "oom", "timeout", "failed", "cancelled"]
 COMPLETE_ENDS: tuple[End, ...] = ("done", "diverged")
 """Ends that are data: they publish a result. The others leave an end.json in their attempt and are
 tried again by `run`.
@@ -118,10 +118,14 @@ class CellFolder:
         """Move a torn result aside, so that the cell can be trained again; return where it lies now.
 
         Raises:
-            RecordError: the folder cannot be written.
+            RecordError: the folder cannot be written; or the file cannot be read, so that nobody knows it to be torn.
         """
         path = self.path / "result.json"
         aside = self.path / "result.json.corrupt"
+        try:
+            path.read_bytes()
+        except OSError as error:
+            raise RecordError(f"cannot read {path}: {error.strerror}") from error
         try:
             path.replace(aside)
         except OSError as error:

@@ -32,7 +32,7 @@ class CellTrainer:
     """Hands cells to a launcher and tells of each one's end once.
 
     A cell that is complete already ends at once; one that another process trains is waited for; one
-    whose process died without a word is tried again.
+    that lost its process is tried again.
 
     Args:
         store: where records are.
@@ -40,7 +40,7 @@ class CellTrainer:
         runtime: how cells are computed.
         fingerprint: of the corpus of all these cells.
         provenance: facts of the submission.
-        retries: further tries of a cell whose process died, >= 0.
+        retries: further tries of a cell whose process was lost (jobs.Event.lost), >= 0.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class CellTrainer:
     def _take(self, event: Event) -> None:
         if event.end == "busy":
             self._elsewhere.add(event.cell_id)
-        elif event.died and self._deaths[event.cell_id] < self._retries:
+        elif event.lost and self._deaths[event.cell_id] < self._retries:
             self._deaths[event.cell_id] += 1
             self._launcher.submit(self._jobs[event.cell_id])
         else:

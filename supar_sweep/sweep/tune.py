@@ -184,14 +184,14 @@ class _Tuner:
     def search(self, progress: Callable[[str, int, int], None]) -> None:
         """Ask, train and tell until the total budget is spent."""
         running = self._reconcile()
-        failures = 0
+        failures, error = 0, ""
         total = self.config.n_trials
         held: dict[str, CellEnd] = {}
         while True:
             progress("search", min(len(self._complete()), total), total)
             while self._may_ask(len(running)):
                 trial = self._ask()
-                running[self._submit(trial.number, trial.params)] = trial.number
+                running[self.trainer.submit(self._cell(trial.params))] = trial.number
             if not running:
                 return
             for event in self.trainer.ends(timeout_s=60.0):
@@ -201,14 +201,10 @@ class _Tuner:
             if self.config.batch_trials is not None and len(held) < len(running):
                 continue
             for cell_id in sorted(held, key=running.__getitem__):
-                told = self._tell(running.pop(cell_id), held.pop(cell_id))
-                failures = 0 if told else failures + 1
-
+                error = self._tell(running.pop(cell_id), held.pop(cell_id))
+                failures = failures + 1 if error else 0
             if failures >= FAILURES_IN_A_ROW:
-                raise SuparError(
-                    f"study {self.config.name}: {failures} trials on end failed; the last error: "
-                    f"{self.study.get_trials(deepcopy=False)[-1].user_attrs.get('error', 'unknown')}"
-                )
+                raise SuparError(f"study {self.config.name}: {failures} trials on end failed; the last error: {error}")
 
     def _complete(self) -> list[optuna.trial.FrozenTrial]:
         from optuna.trial import TrialState
@@ -238,9 +234,6 @@ class _Tuner:
             }
         )
 
-    def _submit(self, number: int, params: Mapping[str, float]) -> str:
-        return self.trainer.submit(self._cell(params))
-
     def _cell(self, params: Mapping[str, float], seed: int | None = None) -> CellConfig:
         return replace(
             self.proxy,
@@ -255,13 +248,13 @@ class _Tuner:
         running: dict[str, int] = {}
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if set(trial.params) == set(self.config.intervals()):
-                running[self._submit(trial.number, trial.params)] = trial.number
+                running[self.trainer.submit(self._cell(trial.params))] = trial.number
             else:  # killed between ask and its numbers: nothing was trained
                 self.study.tell(trial.number, state=TrialState.FAIL)
         return running
 
-    def _tell(self, number: int, event: CellEnd) -> bool:
-        """Tell one trial; return whether it gave a value."""
+    def _tell(self, number: int, event: CellEnd) -> str:
+        """Tell one trial; return why it gave no value, "" where it did."""
         from optuna.trial import Trial, TrialState
 
         trial = Trial(self.study, self.study.get_trials(deepcopy=False)[number]._trial_id)
@@ -269,18 +262,24 @@ class _Tuner:
         trial.set_user_attr("end", event.end)
         value = self._value(event)
         if value is None:
-            trial.set_user_attr("error", event.message)
+            error = self._why_no_value(event)
+            trial.set_user_attr("error", error)
             self.study.tell(number, state=TrialState.FAIL)
-            return False
+            return error
         self.study.tell(number, value)
-        return True
+        return ""
 
     def _value(self, event: CellEnd) -> float | None:
         if event.end == "diverged":
             return self.penalty
         if event.end != "done" or event.result is None:
             return None
-        return float(event.result["summary"][self.config.metric])
+        value = event.result["summary"][self.config.metric]
+        return None if value is None else float(value)
+
+    def _why_no_value(self, event: CellEnd) -> str:
+        without = f"{event.end}, but its record has no {self.config.metric}" if event.end == "done" else event.end
+        return event.message or without
 
     # -- confirmation -----------------------------------------------------------------------------
 
@@ -308,7 +307,7 @@ class _Tuner:
                     number, position = waiting.pop(event.cell_id)
                     value = self._value(event)
                     if value is None:
-                        raise SuparError(f"confirming trial {number} failed: {event.message}")
+                        raise SuparError(f"confirming trial {number} failed: {self._why_no_value(event)}")
                     losses[number][position] = value
         progress("confirm", total, total)
         return losses

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from supar_sweep.config.decode import decode, encode
-from supar_sweep.errors import ConfigError, RecordError
+from supar_sweep.errors import ConfigError
 from supar_sweep.rules.hparams import BaseShape, HParams
+from supar_sweep.sweep.files import write_file
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,7 @@ class Winner:
         import yaml
 
         plain = {"hparams": encode(self.hparams), "base": encode(self.base), "lineage": encode(self.lineage)}
-        text = yaml.safe_dump(plain, sort_keys=False)
-        temporary = path.with_suffix(".tmp")
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
-        except OSError as error:
-            raise RecordError(f"cannot write {path}: {error.strerror}") from error
+        write_file(path, yaml.safe_dump(plain, sort_keys=False))
 
 
 def load_winner(path: Path) -> Winner:

@@ -63,7 +63,10 @@ def resolve(data: DataConfig) -> DataConfig:
     """Return the same data with relative paths made absolute against the working directory.
 
     Called once, at submission: a job may run in another folder. Globs stay globs (the fingerprint
-        tells if their matches change).
+    tells if their matches change).
+
+    Args:
+        data: as the user wrote it.
     """
     changes: dict[str, Any] = {}
     if data.paths is not None:
@@ -79,6 +82,9 @@ def resolve(data: DataConfig) -> DataConfig:
 def load_corpus(data: DataConfig) -> Corpus:
     """Return the corpus, read (or memory-mapped) and checked.
 
+    Args:
+        data: what to read.
+
     Raises:
         DataError: a file that is missing, unreadable or empty, a token outside the vocabulary, no
             `datasets` installed.
@@ -89,19 +95,22 @@ def load_corpus(data: DataConfig) -> Corpus:
         digest, n_bytes = _tokens_fingerprint(data)
         train, val = (np.memmap(path, dtype="<u2", mode="r") for _, path in _token_files(data))
         return Corpus(data.name, data.n_vocab, train, val, digest, n_bytes)
-    text = _read_hf(data) if data.name == "hf" else _read_files(_files(data))
+    text = _read_hf(data) if data.name == "hf" else b"".join(_chunks(_files(data)))
     if not text:
         raise DataError(f"{_key(data)}: the corpus is empty")
     digest = hashlib.sha256(text).hexdigest()
     tokens = np.frombuffer(text, dtype=np.uint8)
     assert data.val_fraction is not None
     n_val = _n_val(len(tokens), data.val_fraction)
-    return Corpus(data.name, 256, tokens[:-n_val], tokens[-n_val:], digest, len(text))
+    return Corpus(data.name, data.n_vocab, tokens[:-n_val], tokens[-n_val:], digest, len(text))
 
 
 def fingerprint(data: DataConfig) -> str:
     """Return the fingerprint that `load_corpus(data)` will have, from a cache where no file's size
     or mtime has changed.
+
+    Args:
+        data: what would be read.
 
     Raises:
         DataError: as `load_corpus`.
@@ -122,7 +131,7 @@ def fingerprint(data: DataConfig) -> str:
         n_bytes += len(chunk)
     if not n_bytes:
         raise DataError(f"{_key(data)}: the corpus is empty")
-    _remember(files, signature, digest.hexdigest())
+    _remember(files, "bytes", signature, digest.hexdigest())
     return digest.hexdigest()
 
 
@@ -268,10 +277,6 @@ def _chunks(files: Sequence[Path], key: str = "data") -> Iterator[bytes]:
             raise DataError(f"{key}: cannot read {path}: {error.strerror}") from error
 
 
-def _read_files(files: Sequence[Path]) -> bytes:
-    return b"".join(_chunks(files))
-
-
 def _read_hf(data: DataConfig) -> bytes:
     try:
         import datasets
@@ -288,7 +293,10 @@ def _read_hf(data: DataConfig) -> bytes:
     columns = list(rows.column_names)
     if data.column not in columns:
         raise DataError(f"data.column: no such column (got {data.column!r}); allowed: {', '.join(columns)}")
-    return b"\n".join(str(text).encode() for text in rows[data.column])
+    texts = [text for text in rows[data.column] if text is not None]
+    if not all(isinstance(text, str) for text in texts):
+        raise DataError(f"data.column: {data.column!r} holds no text")
+    return "\n".join(texts).encode()
 
 
 @lru_cache(maxsize=8)
@@ -325,7 +333,7 @@ def _tokens_fingerprint(data: DataConfig) -> tuple[str, int]:
                 hasher.update(chunk)
                 largest = max(largest, int(np.frombuffer(chunk, dtype="<u2").max()))
             content = hasher.hexdigest()
-            _remember([path], signature, [content, largest])
+            _remember([path], "uint16", signature, [content, largest])
         if largest >= data.n_vocab:
             raise DataError(f"{key}: {path} holds token {largest}; allowed: below data.vocab_size = {data.n_vocab}")
         if content in contents:
@@ -351,14 +359,10 @@ def _signature(files: Sequence[Path], kind: str) -> str:
     return hashlib.sha256(json.dumps([kind, entries]).encode()).hexdigest()
 
 
-def _remember(files: Sequence[Path], signature: str, value: Any) -> None:
+def _remember(files: Sequence[Path], kind: str, signature: str, value: Any) -> None:
     newest_s = max(path.stat().st_mtime for path in files)
-    if time.time() - newest_s > _RACY_S and signature == _signature(files, _kind(value)):
+    if time.time() - newest_s > _RACY_S and signature == _signature(files, kind):
         _Cache().put(signature, value)
-
-
-def _kind(value: Any) -> str:
-    return "bytes" if isinstance(value, str) else "uint16"
 
 
 class _Cache:

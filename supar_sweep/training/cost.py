@@ -29,7 +29,11 @@ class ParameterCount:
 
 
 def sparse_shapes(cell: CellConfig) -> dict[str, tuple[int, int]]:
-    """Return layer -> (fan_out, fan_in) of the GPT's layers that carry masks."""
+    """Return layer -> (fan_out, fan_in) of the GPT's layers that carry masks.
+
+    Args:
+        cell: the cell.
+    """
     model = cell.model
     inner = 2 * model.d_ffn if model.activation == "swiglu" else model.d_ffn
     block = {
@@ -43,6 +47,9 @@ def sparse_shapes(cell: CellConfig) -> dict[str, tuple[int, int]]:
 
 def count_parameters(cell: CellConfig) -> ParameterCount:
     """Return the parameters of the cell's GPT.
+
+    Args:
+        cell: the cell.
 
     Raises:
         ConfigError: a density that leaves a layer without a live weight.
@@ -74,6 +81,9 @@ def flops_per_token(cell: CellConfig, *, dense_compute: bool = False) -> int:
         cell: the cell.
         dense_compute: count dead weights too, as a dense matmul computes them.
 
+    Raises:
+        ConfigError: a density that leaves a layer without a live weight.
+
     Source: Chowdhery et al. 2022, PaLM (arXiv:2204.02311), appendix B: 6 N + 12 L H Q T.
     """
     model, count = cell.model, count_parameters(cell)
@@ -85,6 +95,9 @@ def flops_per_token(cell: CellConfig, *, dense_compute: bool = False) -> int:
 def flops_per_step(cell: CellConfig, *, dense_compute: bool = False) -> int:
     """Return the training FLOPs an optimizer step: `flops_per_token` times batch_seqs *
     context_tokens.
+
+    Args:
+        cell, dense_compute: as for `flops_per_token`, which also says what is raised.
     """
     tokens = cell.train.batch_seqs * cell.model.context_tokens
     return tokens * flops_per_token(cell, dense_compute=dense_compute)
@@ -99,6 +112,12 @@ def memory_gb(cell: CellConfig) -> float:
 
     ASSUMPTION: a block keeps about 8 * width + 3 * (MLP inner width) numbers a token, and the loss
     3 * vocabulary; measured values lie within a factor of 2 above a few MB.
+
+    Args:
+        cell: the cell.
+
+    Raises:
+        ConfigError: a density that leaves a layer without a live weight.
     """
     model, count = cell.model, count_parameters(cell)
     size = BYTES[cell.train.precision]

@@ -5,6 +5,7 @@ record.
 from __future__ import annotations
 
 import ctypes
+import importlib
 import importlib.metadata
 import platform
 import socket
@@ -24,13 +25,16 @@ def prepare_process(threads: int) -> bool:
 
     glibc maps every block above 32 MB anew and gives it back at each step; keeping freed memory
     saves 20 to 50% of such steps. Only for processes that do nothing but train, since the memory
-    stays with them. Other C libraries are left as they are.
+    stays with them. Other C libraries are left as they are. torch's first optimizer imports
+    torch._dynamo, and what that import leaves behind holds the optimizer, so a worker's first model
+    would stay in (GPU) memory beside its second: it is imported here instead.
 
     Args:
         threads: torch threads, >= 1.
     """
     import torch
 
+    importlib.import_module("torch._dynamo")
     torch.set_num_threads(threads)
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -43,7 +47,7 @@ def prepare_process(threads: int) -> bool:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide a run's numbers."""
+    """Return package -> version: Python's, and those of the packages that decide a run's numbers."""
     found = {"python": platform.python_version()}
     for package in ("supar-sweep", "torch", "numpy"):
         try:
@@ -73,7 +77,11 @@ def device_name(device: str) -> str:
 
 
 def facts(device: str) -> dict[str, Any]:
-    """Return host, device and versions, for a record. Imports torch."""
+    """Return host, device and versions, for a record. Imports torch.
+
+    Args:
+        device: "cpu" or "cuda".
+    """
     import torch
 
     return {

@@ -81,7 +81,6 @@ class Member:
         self.window: deque[float] = deque(maxlen=config.summary_last_steps)
         self.steps_above = 0
         self.last_finite_loss: float | None = None
-        self.val_step = 0
         self.val_loss: float | None = None
         self.diverged_at: int | None = None
 
@@ -115,8 +114,12 @@ class Member:
         """Log the held-out loss after `step` steps and return whether the run has diverged with it.
 
         The last update's damage shows nowhere else: no training loss comes after it.
+
+        Args:
+            step: steps done.
+            val_loss: the held-out loss, in nats a token.
         """
-        self.val_step, self.val_loss = step, val_loss
+        self.val_loss = val_loss
         self.sink.log(step=step, val_loss=val_loss)
         if not math.isfinite(val_loss):
             self.diverged_at = step
@@ -128,19 +131,23 @@ class Member:
             "window": list(self.window),
             "steps_above": self.steps_above,
             "last_finite_loss": self.last_finite_loss,
-            "val_step": self.val_step,
             "val_loss": self.val_loss,
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take over the state of a checkpoint."""
+        """Take over the state of a checkpoint, as `state` returned it."""
         self.window.extend(state["window"])
         self.steps_above = state["steps_above"]
         self.last_finite_loss = state["last_finite_loss"]
-        self.val_step, self.val_loss = state["val_step"], state["val_loss"]
+        self.val_loss = state["val_loss"]
 
     def outcome(self, end: Literal["done"] | Stop, steps_done: int) -> Outcome:
-        """Return how the run came out after `steps_done` steps, as plain numbers."""
+        """Return how the run came out, as plain numbers; a divergence wins over `end`.
+
+        Args:
+            end: done, or why it was stopped.
+            steps_done: optimizer steps, over all attempts.
+        """
         if self.diverged_at is not None:
             return Outcome(
                 end="diverged",

@@ -1,7 +1,7 @@
 """A GPT decoder whose every weight carries its role.
 
-Shape suffixes: B sequences, T tokens of context, D width (d_model), H heads, K d_head, F d_ffn, V
-    vocabulary.
+Shape suffixes: B sequences, T tokens of context, D width (d_model), H heads, K d_head, F d_ffn,
+V vocabulary.
 
 The model is built with zero weights and tags; `parameterize` (roles.py) writes the start. What the
 rules put into the forward pass (factors of embedding, attention logits, residual branches, logits)
@@ -70,9 +70,8 @@ class GPT(nn.Module):
     """Pre-LN decoder: learned positions or ALiBi, GELU or SwiGLU, tied or untied head.
 
     Roles: embedding = token and position tables (and a tied head); hidden = qkv and the MLP's
-        inputs; hidden_residual =
-    attention and MLP output projections; head = an untied head. A tied head follows the embedding's
-    rule; the logits multiplier is the same for both.
+    inputs; hidden_residual = attention and MLP output projections; head = an untied head. A tied
+    head follows the embedding's rule; the logits multiplier is the same for both.
 
     Args:
         config: the shape.
@@ -115,7 +114,7 @@ class GPT(nn.Module):
         x_BTD = self.embedding(tokens_BT)
         bias_HTT = self.attention_bias_HTT
         if bias_HTT is not None:
-            bias_HTT = bias_HTT[:, :n_tokens, :n_tokens].to(x_BTD.dtype)
+            bias_HTT = bias_HTT[:, :n_tokens, :n_tokens]
         for block in self.blocks:
             x_BTD = block(x_BTD, bias_HTT)
         # the head has no bias, so its input may carry the logits' factor: D numbers a token instead

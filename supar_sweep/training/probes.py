@@ -74,8 +74,8 @@ def coordinate_rows(
     """Train on the batches; return a plain row per step and site.
 
     Each row: step (0-based), site, activation (mean |a| before the step's update), gradient (mean
-        |dloss/da|), change
-    (mean |a after - a before| on the same input: what this one update did), loss.
+    |dloss/da|), change (mean |a after - a before| on the same input: what this one update did),
+    loss.
 
     Args:
         model: called as model(x).

@@ -92,8 +92,8 @@ def parameterize(
         eps: AdamW's eps in base units; None for SGD.
 
     Raises:
-        ConfigError: a parameter without a role or base_fan_in, density out of range, or AdamW
-            without eps.
+        ConfigError: a parameter without a role or base_fan_in, an unknown layer_density, a density
+            out of range or one that leaves a layer without a live weight, or AdamW without eps.
 
     Source: SuPar table 1 (init_var, lr of hidden weights); app. D.4 (each layer's own density).
     """

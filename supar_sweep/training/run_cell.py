@@ -31,6 +31,8 @@ from supar_sweep.training.member import Outcome, ShouldStop
 
 log = logging.getLogger(__name__)
 
+_OOM_TEXTS = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
 _corpora: dict[str, Corpus] = {}
 """A worker trains many cells of one corpus: read it once a process."""
 
@@ -98,8 +100,9 @@ def _guarded(job: Mapping[str, Any], attempt: Attempt, should_stop: ShouldStop) 
 
 
 def _is_oom(error: BaseException) -> bool:
-    # torch.OutOfMemoryError is the GPU's; its CPU allocator raises a plain RuntimeError
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    # torch.OutOfMemoryError is its GPU allocator's; the CPU's, the CUDA driver's (no room for one
+    # more process) and cuBLAS's are plain RuntimeErrors
+    return type(error).__name__ == "OutOfMemoryError" or any(text in str(error) for text in _OOM_TEXTS)
 
 
 def _work(job: Mapping[str, Any], attempt: Attempt, should_stop: ShouldStop) -> tuple[End, str, str]:
@@ -125,6 +128,7 @@ def _work(job: Mapping[str, Any], attempt: Attempt, should_stop: ShouldStop) -> 
         return ("timeout" if outcome.end == "timeout" else "cancelled"), at, ""
     attempt.publish(
         {
+            **outcome.facts,  # first: a user's function must not overwrite what the record says
             "end": outcome.end,
             "cell_id": job["cell_id"],
             "cell": encode(cell),
@@ -143,7 +147,6 @@ def _work(job: Mapping[str, Any], attempt: Attempt, should_stop: ShouldStop) -> 
             **facts(str(outcome.facts.get("device", "cpu"))),
             "warnings": list(checkpoints.warnings),
             "wall_s": time.monotonic() - begun_s,
-            **outcome.facts,
         },
         keep_checkpoints=runtime.keep_checkpoints,
     )

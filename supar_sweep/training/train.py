@@ -10,7 +10,7 @@ import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from supar_sweep.config.schema import CellConfig, RuntimeConfig
 from supar_sweep.errors import CheckpointError, ConfigError
+from supar_sweep.rules.parameterization import SPARSE_ROLES
 from supar_sweep.sparse.linear import choose_route, named_masks, set_route
 from supar_sweep.sparse.masks import mask_hash
 from supar_sweep.training.corpus import Corpus, check_length
 from supar_sweep.training.cost import flops_per_token
 from supar_sweep.training.data import batch, val_batches
-from supar_sweep.training.member import Member, Outcome, ShouldStop, Sink, stop_reason
+from supar_sweep.training.member import Member, Outcome, ShouldStop, Sink, Stop, stop_reason
 from supar_sweep.training.model import build
 from supar_sweep.training.optim import make_optimizer, make_scheduler
 from supar_sweep.training.roles import parameter_rows
@@ -55,7 +56,7 @@ def train(
     Raises:
         ConfigError: a setting that cannot be used on this machine, or a model that does not start
             as the rules say.
-        CheckpointError: the checkpoint's masks are not those of this cell.
+        CheckpointError: the checkpoint's masks or shapes are not those of this cell.
         DataError: a corpus shorter than one batch or one evaluation.
     """
     check_length(
@@ -80,7 +81,7 @@ def train(
         so_far_s = trained_s + time.monotonic() - begun_s
         sink.save(step, {**trainer.state(), "member": member.state(), "train_s": so_far_s})
 
-    end: Any = "done"
+    end: Literal["done"] | Stop = "done"
     unread: list[tuple[int, Tensor, Tensor, float]] = []
     read_steps = CPU_READ_STEPS if device.type == "cpu" else CUDA_READ_STEPS
     step = saved_step = start
@@ -139,6 +140,10 @@ class Trainer:
         runtime: how to compute it.
         device: where.
         resume: a checkpoint's state, or None.
+
+    Raises:
+        ConfigError: a route without effect here, or a model that does not start as the rules say.
+        CheckpointError: a checkpoint of other masks or another model.
     """
 
     def __init__(
@@ -155,8 +160,7 @@ class Trainer:
         # nothing of ours draws from it, but a module of the user's may
         torch.manual_seed(cell.seed)
         self.model, self.plans = build(cell)
-        dtype = torch.float64 if cell.train.precision == "float64" else torch.float32
-        self.model.to(device=device, dtype=dtype)
+        self.model.to(device)
         self.mask_hash = mask_hash(named_masks(self.model))
         self.route, route_reason = self._choose_route(runtime, resume)
         set_route(self.model, self.route)
@@ -236,6 +240,10 @@ class Trainer:
     def step(self, corpus: Corpus, step: int) -> tuple[Tensor, Tensor, float]:
         """Take optimizer step number `step` (from 0); return its loss and gradient norm as 0-d
         tensors, and the lr factor.
+
+        Args:
+            corpus: where the batch is read.
+            step: 0-based.
         """
         config = self.cell.train
         x, y = batch(
@@ -336,7 +344,7 @@ class Trainer:
     def facts(self, steps_done: int) -> dict[str, Any]:
         """Return what the result says of the model and its cost, as plain values."""
         layers = parameter_rows(self.plans)
-        sparse = [plan for plan in self.plans if plan.role in ("hidden", "hidden_residual")]
+        sparse = [plan for plan in self.plans if plan.role in SPARSE_ROLES]
         n_sparse = sum(plan.parameter.numel() for plan in sparse)
         density = sum(plan.live for plan in sparse) / n_sparse
         tokens = steps_done * self.cell.train.batch_seqs * self.cell.model.context_tokens
@@ -359,6 +367,9 @@ class Trainer:
 
 def pick_device(wanted: str) -> torch.device:
     """Return the device to train on: `auto` takes a GPU where torch sees one.
+
+    Args:
+        wanted: auto, cpu or cuda.
 
     Raises:
         ConfigError: cuda is asked for and there is none.
