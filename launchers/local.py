@@ -81,7 +81,7 @@ class LocalLauncher:
         when nothing is under way.
         """
         deadline_s = time.monotonic() + timeout_s
-        while not self._events and any(worker.job for worker in self._workers):
+        while not self._events and (self._queue or any(worker.job for worker in self._workers)):
             self._listen(max(0.0, deadline_s - time.monotonic()))
             self._dispatch()
             if time.monotonic() >= deadline_s:
@@ -254,6 +254,7 @@ class _Worker:
             if self.job is not None and answer["cell_id"] == self.job["cell_id"]:
                 self.job = None
                 told.append(Event(answer["cell_id"], answer["end"], answer["message"]))
+            self._stopping |= answer["leaving"]  # its GPU context may be broken: no further job for it
         return told
 
     def is_dead(self) -> bool:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from supar_sweep.config.decode import decode
@@ -23,7 +24,7 @@ from supar_sweep.sweep.records import Attempt
 
 RUN = "tests.fake_cells:run"
 STEPS = 12
-EXIT, KILLED, RAISES, DIES_ONCE, SLOW, DIVERGES, SAYS_DONE, SEGFAULTS = range(1000, 1008)
+EXIT, KILLED, RAISES, DIES_ONCE, SLOW, DIVERGES, SAYS_DONE, SEGFAULTS, GPU_FAILS = range(1000, 1009)
 
 
 def loss(cell: CellConfig, step: int) -> float:
@@ -77,6 +78,9 @@ def misbehave(seed: int, runs: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if seed == SEGFAULTS:
         os.kill(os.getpid(), signal.SIGSEGV)
+    if seed == GPU_FAILS:  # what the worker asks torch, where a CUDA error has just ended a cell
+        sys.modules["torch"] = SimpleNamespace(cuda=SimpleNamespace(is_initialized=lambda: True))  # type: ignore[assignment]
+        raise RuntimeError("CUDA error: device-side assert triggered")
     if seed == RAISES:
         raise RuntimeError(f"no luck at {hex(id(runs))}")
     if seed == DIES_ONCE and not (runs / "died").exists():

@@ -216,11 +216,12 @@ def test_a_study_tunes_once_tops_up_and_says_json(capsys: pytest.CaptureFixture[
 def test_a_quickstart_that_was_interrupted_goes_on_and_says_json(
     capsys: pytest.CaptureFixture[str], here: Path
 ) -> None:
+    words = (*QUICK, "train.steps=300", "format=json")  # long enough that there is something left to interrupt
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for phase, stop in (("1/4", signal.SIGINT), ("3/4", signal.SIGINT), ("3/4", signal.SIGKILL)):
         done = attempts()
         with (here / "err.txt").open("w") as err:
-            command = [sys.executable, "-m", "supar_sweep", *QUICK, "format=json"]
+            command = [sys.executable, "-m", "supar_sweep", *words]
             child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=err)
         deadline_s = time.monotonic() + 120
         while phase not in (here / "err.txt").read_text() or attempts() == done:
@@ -231,9 +232,9 @@ def test_a_quickstart_that_was_interrupted_goes_on_and_says_json(
         assert child.communicate(timeout=60)[0] == b""
         assert child.returncode == (130 if stop == signal.SIGINT else -signal.SIGKILL)
         assert "Traceback" not in (here / "err.txt").read_text()
-    code, out, err_text = call(capsys, *QUICK, "format=json")
+    code, out, err_text = call(capsys, *words)
     assert code == 0, err_text
     assert {row["parameterization"] for row in json.loads(out)} == {"sp", "mup", "supar"}
     trained = attempts()
-    assert call(capsys, *QUICK, "format=json")[:2] == (0, out)
+    assert call(capsys, *words)[:2] == (0, out)
     assert attempts() == trained  # all done: only drawn again

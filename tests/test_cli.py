@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from supar_sweep.cli.launch import trains_on_gpu
 from supar_sweep.cli.main import COMMANDS, main, usage
 from supar_sweep.cli.progress import Live, duration
 from supar_sweep.cli.rules import markdown
@@ -402,3 +403,12 @@ def test_progress_off_a_terminal_is_a_few_plain_lines(capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0 s"), (59.4, "59 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")])
 def test_durations_have_two_units(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_cells_on_a_gpu_get_one_worker_unless_asked_otherwise(tmp_path: Path) -> None:
+    driver = tmp_path / "nvidiactl"
+    assert not trains_on_gpu("auto", driver)
+    driver.touch()
+    assert trains_on_gpu("auto", driver)
+    assert trains_on_gpu("cuda", tmp_path / "missing")
+    assert not trains_on_gpu("cpu", driver)

@@ -84,6 +84,19 @@ def test_one_cells_end_is_typed_and_changes_no_others(
         assert ends[job["cell_id"]].end == "done"
 
 
+def test_a_worker_whose_gpu_failed_is_replaced_before_the_next_cell(runs_dir: Path) -> None:
+    bad, *good = jobs = [job_of(runs_dir, seed) for seed in (fake_cells.GPU_FAILS, 0, 1)]
+    with pool(runs_dir, processes=1) as launcher:
+        ends = through(launcher, jobs)
+    assert (ends[bad["cell_id"]].end, ends[bad["cell_id"]].died) == ("failed", False)
+    assert "CUDA error" in ends[bad["cell_id"]].message
+    assert [ends[job["cell_id"]].end for job in good] == ["done", "done"]
+    attempts = [folder_of(job).attempts() for job in jobs]
+    assert [len(each) for each in attempts] == [1, 1, 1]  # no cell was given to the leaving worker
+    first, second, third = (json.loads((each[0] / "attempt.json").read_text())["pid"] for each in attempts)
+    assert first != second == third
+
+
 def test_a_function_that_cannot_be_found_fails_each_job_with_the_reason(runs_dir: Path) -> None:
     with pool(runs_dir, processes=1, function="tests.fake_cells:missing") as launcher:
         ends = through(launcher, [job_of(runs_dir, seed) for seed in (0, 1)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from supar_sweep.cli.rooms import PACKAGE, room
@@ -26,7 +27,7 @@ class LocalConfig:
     """conf/launcher/local.yaml."""
 
     name: str = setting("local", choices=("local",))
-    processes: int | None = setting("workers; null = cores // runtime.threads", ge=1)
+    processes: int | None = setting("workers; null = cores // runtime.threads, or 1 that has the GPU", ge=1)
     grace_s: float = setting("how long cells may take to save when stopped", ge=0)
 
     def __post_init__(self) -> None:
@@ -41,12 +42,22 @@ def make_launcher(settings: Settings) -> Launcher:
     """
     config = launcher_config(settings)
     made: Launcher = room("launchers.local").LocalLauncher(
-        processes=config.processes,
+        processes=config.processes or (1 if trains_on_gpu(settings.runtime().device) else None),
         threads=settings.runtime().threads,
         grace_s=config.grace_s,
         log_folder=settings.runs_dir / "logs",
     )
     return made
+
+
+def trains_on_gpu(device: str, driver: Path = Path("/dev/nvidiactl")) -> bool:
+    """Return whether workers will train on a GPU, without importing torch.
+
+    Args:
+        device: runtime.device.
+        driver: a file that is there where NVIDIA's driver is.
+    """
+    return device == "cuda" or (device == "auto" and driver.exists())
 
 
 def launcher_config(settings: Settings) -> LocalConfig:

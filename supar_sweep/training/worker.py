@@ -134,13 +134,22 @@ def main(arguments: list[str]) -> int:
             if arguments[1] == RUN_CELL:
                 prepare_process(int(job["runtime"]["threads"]))
             run = find(arguments[1])
-        answer = json.dumps(work(job, run, inbox.stopping.is_set)) + "\n"
+        answer = work(job, run, inbox.stopping.is_set)
+        answer["leaving"] = answer["end"] in ("failed", "oom") and holds_gpu()
         sys.stdout.flush()
         try:
-            channel.sendall(answer.encode())
+            channel.sendall((json.dumps(answer) + "\n").encode())
         except OSError:  # the parent is gone: the record says it all
             return 0
+        if answer["leaving"]:
+            return 0
     return 0
+
+
+def holds_gpu() -> bool:
+    """Return whether this process has a CUDA context: after an error in it every later cell would fail too."""
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.cuda.is_initialized())
 
 
 if __name__ == "__main__":
