@@ -103,18 +103,20 @@ def flops_per_step(cell: CellConfig, *, dense_compute: bool = False) -> int:
     return tokens * flops_per_token(cell, dense_compute=dense_compute)
 
 
-def memory_gb(cell: CellConfig) -> float:
+def memory_gb(cell: CellConfig, *, compact: bool = False) -> float:
     """Return an estimate of the peak memory of training, in units of 1e9 bytes, without the
     libraries' own.
 
     Weights, gradients and the optimizer's moments (AdamW 2, SGD 1 or, without momentum, 0), a byte
-    a mask entry, and what the forward pass of one micro-batch keeps for the backward.
+    a mask entry (compact: these for live weights only, and their pattern), and
+    what the forward pass of one micro-batch keeps for the backward.
 
     ASSUMPTION: a block keeps about 8 * width + 3 * (MLP inner width) numbers a token, and the loss
     3 * vocabulary; measured values lie within a factor of 2 above a few MB.
 
     Args:
         cell: the cell.
+        compact: every sparse layer stores its live weights only (none does at density 1).
 
     Raises:
         ConfigError: a density that leaves a layer without a live weight.
@@ -124,7 +126,32 @@ def memory_gb(cell: CellConfig) -> float:
     moments = 2 if cell.optimizer.name == "adamw" else int(bool(cell.optimizer.momentum))
     state = size * count.total * (2 + moments)
     masks = count.sparse_total if cell.density < 1 else 0
+    if compact and cell.density < 1:
+        shapes = sparse_shapes(cell)
+        live = live_counts(cell.layer_density, shapes, cell.density)
+        state = size * (count.total - count.sparse_total) * (2 + moments)
+        masks = sum(
+            compact_layer_bytes(fan_out, fan_in, live[name], moments=moments, value_bytes=size)
+            for name, (fan_out, fan_in) in shapes.items()
+        )
     inner = 2 * model.d_ffn if model.activation == "swiglu" else model.d_ffn
     per_token = model.n_layer * (8 * model.width + 3 * inner) + 3 * cell.data.n_vocab
     micro_tokens = cell.train.batch_seqs // cell.train.accumulation_steps * model.context_tokens
     return (state + masks + size * per_token * micro_tokens) / 1e9
+
+
+def compact_layer_bytes(fan_out: int, fan_in: int, n_live: int, *, moments: int = 2, value_bytes: int = 4) -> int:
+    """Return the bytes that a compact layer keeps between steps, with its gradient.
+
+        n_live * (value_bytes * (2 + moments) + column + 4) + 4 * (fan_out + 1 + fan_in + 1)
+
+    A column takes 2 bytes up to fan_in 32768, else 4; the pattern's other 4 are its order by columns.
+
+    Args:
+        fan_out, fan_in: the layer's shape.
+        n_live: its live weights.
+        moments: numbers that the optimizer keeps for a weight: AdamW 2, SGD with momentum 1.
+        value_bytes: of one weight.
+    """
+    column = 2 if fan_in <= 2**15 else 4
+    return n_live * (value_bytes * (2 + moments) + column + 4) + 4 * (fan_out + fan_in + 2)

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -18,10 +20,11 @@ from supar_sweep.errors import ConfigError
 from supar_sweep.rules.hparams import HParams, Ratios
 from supar_sweep.rules.parameterization import SPARSE_ROLES, Method, Role
 from supar_sweep.rules.transfer import RoleHParams, role_hparams
+from supar_sweep.sparse.compact import CompactLinear
 from supar_sweep.sparse.density import live_counts
 from supar_sweep.sparse.linear import attach_mask, named_masks
-from supar_sweep.sparse.masks import MASK_STREAM, dense_mask
-from supar_sweep.sparse.noise import normal_block, stream_key
+from supar_sweep.sparse.masks import MASK_STREAM, LivePositions, dense_mask, live_positions
+from supar_sweep.sparse.noise import BLOCK_ELEMENTS, normal, normal_block, stream_key
 from supar_sweep.training.tags import TaggedParameter, collect
 
 INIT_STREAM = "init"
@@ -38,14 +41,14 @@ class ParameterPlan:
     Args:
         name: full dotted name.
         role: its role.
-        shape: of the tensor.
+        shape: of the tensor; of a compact layer's values, (fan_out, fan_in) of the matrix they are of.
         live: number of live entries.
         density: live / all entries, the layer's own m_rho.
         m_d: fan_in / base fan_in; for roles whose fan_in does not grow with width, the model's
             width ratio.
         hparams: init_std, lr, weight_decay, eps at the target.
         measured_std: standard deviation of the live entries as written, around 0 (norms: around 1).
-        parameter: the tensor itself.
+        parameter: the tensor itself; a compact layer's values are [live].
         owner: the module that holds it.
         local_name: its name on the owner.
     """
@@ -102,7 +105,7 @@ def parameterize(
     counts = live_counts(layer_density, {item.name: (item.fan_out, item.fan_in) for item in sparse}, density)
     plans = []
     for item in parameters:
-        size = item.parameter.numel()
+        size = item.fan_out * item.fan_in
         live = counts.get(item.name, size)
         m_d = _m_d(item, method, ratios)
         wanted = _target(item, method, replace(ratios, m_d=m_d, m_rho=live / size), hparams, eps)
@@ -114,7 +117,7 @@ def parameterize(
         plan = ParameterPlan(
             name=item.name,
             role=item.tag.role,
-            shape=tuple(item.parameter.shape),
+            shape=_shape(item),
             live=live,
             density=live / size,
             m_d=m_d,
@@ -230,12 +233,34 @@ def _write(item: TaggedParameter, init_std: float, live: int, seed: int) -> None
         parameter.fill_(1.0 if item.tag.role == "norm" else 0.0)
         return
     dtype = "float64" if parameter.dtype == torch.float64 else "float32"
+    if isinstance(item.owner, CompactLinear):
+        positions = live_positions(stream_key(seed, MASK_STREAM, item.name), (item.fan_out, item.fan_in), live)
+        item.owner.set_pattern(positions)
+        values = _normal_at(stream_key(seed, INIT_STREAM, item.name), positions, dtype)
+        values *= init_std
+        parameter.copy_(torch.from_numpy(values))
+        return
     noise = normal_block(stream_key(seed, INIT_STREAM, item.name), item.fan_out, item.fan_in, dtype)
     noise *= init_std
     parameter.copy_(torch.from_numpy(noise).view(parameter.shape))
     if live < parameter.numel() or f"{item.local_name}_mask" in item.owner._buffers:
         mask = dense_mask(stream_key(seed, MASK_STREAM, item.name), (item.fan_out, item.fan_in), live)
         attach_mask(item.owner, item.local_name, mask.view(parameter.shape))
+
+
+def _shape(item: TaggedParameter) -> tuple[int, ...]:
+    if isinstance(item.owner, CompactLinear) and item.tag.role in SPARSE_ROLES:
+        return item.fan_out, item.fan_in
+    return tuple(item.parameter.shape)
+
+
+def _normal_at(key: int, live: LivePositions, dtype: str) -> npt.NDArray[np.floating]:
+    """Return [nnz] the noise of a dense layer at its live positions, with a few MB of scratch."""
+    values = np.empty(live.rows.size, dtype=dtype)
+    for start in range(0, values.size, BLOCK_ELEMENTS):
+        part = slice(start, start + BLOCK_ELEMENTS)
+        values[part] = normal(key, live.rows[part], live.cols[part], dtype)
+    return values
 
 
 def _mask(plan: ParameterPlan) -> torch.Tensor | None:

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from supar_sweep.errors import ConfigError
 from supar_sweep.rules.parameterization import ROLES, Role
+from supar_sweep.sparse.compact import STANDS_FOR, CompactLinear
 
 _TAGS = "_supar_tags"
 _COMPILED = "_orig_mod."
@@ -41,14 +42,15 @@ class TaggedParameter:
     """One parameter of a model with its tag.
 
     Args:
-        name: full dotted name, without torch.compile's prefixes: noise and masks are drawn from it.
+        name: full dotted name, without torch.compile's prefixes: noise and masks are drawn from it. The values of a compact
+            layer go by the name of the weight that they stand for.
         owner: the module that holds it.
         local_name: its name on the owner.
         parameter: the tensor.
         tag: its tag.
         fan_out, fan_in: the tensor as a matrix [shape[0], product of the rest]; 1-d parameters of n
             elements are [1, n]. A convolution [out, in, kh, kw] has fan_in = in * kh * kw. An
-            embedding is stored [n_vocab, width].
+            embedding is stored [n_vocab, width]. Of a compact layer, the matrix whose live entries it stores.
     """
 
     name: str
@@ -149,7 +151,12 @@ def _tagged(places: list[tuple[str, nn.Module, str]]) -> TaggedParameter:
             f"{type(owner).__name__} stores its weight input first, so its fan_in is not at hand",
             allowed="layers that store [out, in, ...]",
         )
-    fan_out = parameter.shape[0] if parameter.dim() > 1 else 1
+    if isinstance(owner, CompactLinear) and local_name == "values":
+        name = name.removesuffix(local_name) + STANDS_FOR
+        fan_out, fan_in = owner.fan_out, owner.fan_in
+    else:
+        fan_out = parameter.shape[0] if parameter.dim() > 1 else 1
+        fan_in = parameter.numel() // max(1, fan_out)
     return TaggedParameter(
         name=name,
         owner=owner,
@@ -157,7 +164,7 @@ def _tagged(places: list[tuple[str, nn.Module, str]]) -> TaggedParameter:
         parameter=parameter,
         tag=known,
         fan_out=fan_out,
-        fan_in=parameter.numel() // max(1, fan_out),
+        fan_in=fan_in,
     )
 
 
