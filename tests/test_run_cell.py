@@ -27,7 +27,7 @@ from supar_sweep.training.run_cell import run_cell
 from tests.tiny import end_of, folder_of, result_of, tiny_job
 
 EVERY_2 = {"checkpoint_every_steps": 2}
-RESUMED_ONLY = {"attempt", "pid", "started_s", "resumed_from_step", "route_reason", "warnings"}
+RESUMED_ONLY = {"attempt", "pid", "started_s", "resumed_from_step", "route_reason", "compute_reason", "warnings"}
 TIMES = {"wall_s", "train_s"}
 
 
@@ -311,21 +311,22 @@ from tests.tiny import tiny_cell
 environment.prepare_process(1)
 built, models = train.build, []
 
-def build(cell):
-    model, plans = built(cell)
+def build(*arguments):
+    model, plans = built(*arguments)
     models.append(weakref.ref(model))
     return model, plans
 
 train.build = build
 gc.disable()
-run(load_corpus(tiny_cell().data))
+run(load_corpus(tiny_cell().data), runtime={"compute": sys.argv[1]})
 sys.exit(len(models) != 1 or models[0]() is not None)
 """
 
 
-def test_a_workers_first_model_is_freed_without_waiting_for_the_collector() -> None:
+@pytest.mark.parametrize("compute", ["dense", "compact"])
+def test_a_workers_first_model_is_freed_without_waiting_for_the_collector(compute: str) -> None:
     root = Path(__file__).resolve().parent.parent
-    assert subprocess.run([sys.executable, "-c", FREED], cwd=root, timeout=120).returncode == 0
+    assert subprocess.run([sys.executable, "-c", FREED, compute], cwd=root, timeout=120).returncode == 0
 
 
 def test_importing_run_cell_loads_no_torch() -> None:

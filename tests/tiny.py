@@ -68,6 +68,7 @@ RUNTIME: dict[str, Any] = {
     "device": "cpu",
     "threads": 1,
     "route": "torch",
+    "compute": "dense",
     "compile": False,
     "checkpoint_every_s": None,
     "checkpoint_every_steps": None,
@@ -100,7 +101,7 @@ def tiny_cell(**overrides: Any) -> CellConfig:
 
 
 def tiny_runtime(**overrides: Any) -> RuntimeConfig:
-    """Return the tiny runtime (CPU, one thread, torch's route, no checkpoints), decoded."""
+    """Return the tiny runtime (CPU, one thread, torch's route, dense compute, no checkpoints), decoded."""
     return decode(RuntimeConfig, with_overrides(RUNTIME, overrides))
 
 

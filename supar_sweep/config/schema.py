@@ -333,11 +333,12 @@ class CellConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
-    """How a cell is computed: nothing here changes its identity, and a resumed run keeps its checkpoint's route and threads."""
+    """How a cell is computed: nothing here changes its identity; a resumed run keeps its route, compute and threads."""
 
     device: str = setting("where to train", choices=("auto", "cpu", "cuda"))
     threads: int = setting("torch threads a process", ge=1)
     route: str = setting("fp32 matmul on CPU", choices=("auto", "torch", "onednn"))
+    compute: str = setting("sparse layers: masked, or live weights only", choices=("auto", "dense", "compact"))
     compile: bool = setting("torch.compile the model")
     checkpoint_every_s: float | None = setting("seconds between checkpoints; null = by steps", ge=0)
     checkpoint_every_steps: int | None = setting("steps between checkpoints; null = by time", ge=1)

@@ -11,6 +11,7 @@ arrives as ForwardMultipliers.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -20,12 +21,13 @@ from torch import Tensor, nn
 from supar_sweep.config.schema import CellConfig, ModelConfig
 from supar_sweep.rules.parameterization import Role
 from supar_sweep.rules.transfer import ForwardMultipliers, forward_multipliers
+from supar_sweep.sparse.compact import CompactLinear
 from supar_sweep.sparse.linear import MaskedLinear
 from supar_sweep.training.roles import ParameterPlan, check_init, parameterize
 from supar_sweep.training.tags import tag
 
 
-def build(cell: CellConfig) -> tuple[GPT, list[ParameterPlan]]:
+def build(cell: CellConfig, compact: Mapping[str, int] | None = None) -> tuple[GPT, list[ParameterPlan]]:
     """Return the cell's model on the CPU, initialised, masked and checked, with a plan per
     parameter.
 
@@ -34,11 +36,13 @@ def build(cell: CellConfig) -> tuple[GPT, list[ParameterPlan]]:
 
     Args:
         cell: the cell.
+        compact: layer -> number of live weights, of the layers that store these only; the numbers
+            in them are the dense layers'.
 
     Raises:
         ConfigError: density out of reach for a layer, or a start that is off.
     """
-    model = build_model(cell)
+    model = build_model(cell, compact)
     if cell.train.precision == "float64":
         model.double()
     plans = parameterize(
@@ -55,15 +59,18 @@ def build(cell: CellConfig) -> tuple[GPT, list[ParameterPlan]]:
     return model, plans
 
 
-def build_model(cell: CellConfig) -> GPT:
+def build_model(cell: CellConfig, compact: Mapping[str, int] | None = None) -> GPT:
     """Return the cell's model on the CPU in float32: tagged, not yet initialised (weights are 0).
 
     Args:
         cell: the cell; its vocabulary is cell.data.n_vocab.
+        compact: see `build`.
     """
     multipliers = forward_multipliers(cell.method(), cell.ratios(), cell.hparams, d_head=cell.model.d_head)
     base_width = None if cell.base is None else cell.base.width
-    return GPT(cell.model, n_vocab=cell.data.n_vocab, multipliers=multipliers, base_width=base_width)
+    return GPT(
+        cell.model, n_vocab=cell.data.n_vocab, multipliers=multipliers, base_width=base_width, compact=compact or {}
+    )
 
 
 class GPT(nn.Module):
@@ -78,6 +85,7 @@ class GPT(nn.Module):
         n_vocab: vocabulary size, >= 1.
         multipliers: the factors inside the forward pass.
         base_width: d_model of the base; None only for SP from its own init_std.
+        compact: layer, such as blocks.0.mlp.up -> live weights, of the layers that store these only.
     """
 
     def __init__(
@@ -87,12 +95,16 @@ class GPT(nn.Module):
         n_vocab: int,
         multipliers: ForwardMultipliers,
         base_width: int | None,
+        compact: Mapping[str, int],
     ) -> None:
         super().__init__()
         self.config = config
         self.multipliers = multipliers
         self.embedding = Embedding(config, n_vocab, multipliers.embedding_output)
-        self.blocks = nn.ModuleList(Block(config, multipliers, base_width) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(
+            Block(config, multipliers, base_width, _below(compact, f"blocks.{index}"))
+            for index in range(config.n_layer)
+        )
         self.norm = _norm(config, in_block=False)
         self.head = MaskedLinear(config.width, n_vocab, bias=False)
         if config.tied_head:
@@ -146,13 +158,19 @@ class Embedding(nn.Module):
 class Block(nn.Module):
     """x + c * attention(norm(x)), then x + c * mlp(norm(x)), c = the residual multiplier."""
 
-    def __init__(self, config: ModelConfig, multipliers: ForwardMultipliers, base_width: int | None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        multipliers: ForwardMultipliers,
+        base_width: int | None,
+        compact: Mapping[str, int],
+    ) -> None:
         super().__init__()
         self.residual_mult = multipliers.residual
         self.attention_norm = _norm(config, in_block=True)
-        self.attention = Attention(config, multipliers.attention_scale, base_width)
+        self.attention = Attention(config, multipliers.attention_scale, base_width, _below(compact, "attention"))
         self.mlp_norm = _norm(config, in_block=True)
-        self.mlp = MLP(config, base_width)
+        self.mlp = MLP(config, base_width, _below(compact, "mlp"))
 
     def forward(self, x_BTD: Tensor, bias_HTT: Tensor | None) -> Tensor:
         """Return [B, T, D].
@@ -169,11 +187,12 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Causal multi-head attention; its logits are QK^T times `scale`, ALiBi's bias not scaled."""
 
-    def __init__(self, config: ModelConfig, scale: float, base_width: int | None) -> None:
+    def __init__(self, config: ModelConfig, scale: float, base_width: int | None, compact: Mapping[str, int]) -> None:
         super().__init__()
         self.n_head, self.d_head, self.scale = config.n_head, config.d_head, scale
-        self.qkv = _linear(config, config.width, 3 * config.width, base_width)
-        self.out = _linear(config, config.width, config.width, base_width, writes_residual=True)
+        width = config.width
+        self.qkv = _linear(config, width, 3 * width, base_width, n_live=compact.get("qkv"))
+        self.out = _linear(config, width, width, base_width, writes_residual=True, n_live=compact.get("out"))
 
     def forward(self, x_BTD: Tensor, bias_HTT: Tensor | None) -> Tensor:
         """Return [B, T, D].
@@ -199,13 +218,17 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """GELU, or SwiGLU with gate and input fused in one matrix [2F, D]."""
 
-    def __init__(self, config: ModelConfig, base_width: int | None) -> None:
+    def __init__(self, config: ModelConfig, base_width: int | None, compact: Mapping[str, int]) -> None:
         super().__init__()
         self.gated = config.activation == "swiglu"
         base_ffn = None if base_width is None else base_width * config.ffn_mult
         inner = 2 * config.d_ffn if self.gated else config.d_ffn
-        self.up = _linear(config, config.width, inner, base_width)
-        self.down = _linear(config, config.d_ffn, config.width, base_ffn, writes_residual=True)
+        self.up = _linear(config, config.width, inner, base_width, n_live=compact.get("up"))
+        self.down = _linear(
+            config, config.d_ffn, config.width, base_ffn, writes_residual=True, n_live=compact.get("down")
+        )
+        if isinstance(self.up, CompactLinear) and isinstance(self.down, CompactLinear):
+            self.up.feature_major = True  # only an elementwise function stands between the two
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Return [B, T, D].
@@ -248,11 +271,22 @@ def _linear(
     base_fan_in: float | None,
     *,
     writes_residual: bool = False,
-) -> MaskedLinear:
-    layer = MaskedLinear(fan_in, fan_out, bias=config.bias)
+    n_live: int | None = None,
+) -> MaskedLinear | CompactLinear:
     role: Role = "hidden_residual" if writes_residual else "hidden"
-    tag(layer, "weight", role, base_fan_in=base_fan_in, in_block=True)
+    layer: MaskedLinear | CompactLinear
+    if n_live is None:
+        layer = MaskedLinear(fan_in, fan_out, bias=config.bias)
+    else:
+        layer = CompactLinear(fan_in, fan_out, n_live, bias=config.bias)
+    own_name = "weight" if n_live is None else "values"
+    tag(layer, own_name, role, base_fan_in=base_fan_in, in_block=True)
     return layer
+
+
+def _below(names: Mapping[str, int], prefix: str) -> dict[str, int]:
+    """Return the entries below a module, by their names there."""
+    return {name.removeprefix(f"{prefix}."): n for name, n in names.items() if name.startswith(f"{prefix}.")}
 
 
 def _norm(config: ModelConfig, *, in_block: bool) -> nn.LayerNorm:

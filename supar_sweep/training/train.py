@@ -1,12 +1,13 @@
 """train(cell): one cell from its first step, or its checkpoint, to its end.
 
-The same route and thread count give the same bits on a CPU, killed and resumed or not: batches are
+The same route, compute and thread count give the same bits on a CPU, killed and resumed or not: batches are
 functions of the step, the optimizer's state is saved whole, and nothing else is random.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,11 +20,14 @@ from torch import Tensor, nn
 from supar_sweep.config.schema import CellConfig, RuntimeConfig
 from supar_sweep.errors import CheckpointError, ConfigError
 from supar_sweep.rules.parameterization import SPARSE_ROLES
-from supar_sweep.sparse.linear import choose_route, named_masks, set_route
+from supar_sweep.sparse.compact import named_live
+from supar_sweep.sparse.convert import to_form_of
+from supar_sweep.sparse.linear import choose_route, set_route
 from supar_sweep.sparse.masks import mask_hash
 from supar_sweep.training.corpus import Corpus, check_length
 from supar_sweep.training.cost import flops_per_token
 from supar_sweep.training.data import batch, val_batches
+from supar_sweep.training.forms import choose_forms
 from supar_sweep.training.member import Member, Outcome, ShouldStop, Sink, Stop, stop_reason
 from supar_sweep.training.model import build
 from supar_sweep.training.optim import make_optimizer, make_scheduler
@@ -47,7 +51,7 @@ def train(
 
     Args:
         cell: what to train.
-        runtime: how to compute it; a resumed run keeps the checkpoint's route and threads.
+        runtime: how to compute it; a resumed run keeps the checkpoint's route, compute and threads.
         corpus: tokens, as `cell.data` names them.
         sink: gets metrics and checkpoints.
         resume: the newest checkpoint's state with its "step", or None to start afresh.
@@ -159,10 +163,11 @@ class Trainer:
         torch.set_num_threads(self.threads)
         # nothing of ours draws from it, but a module of the user's may
         torch.manual_seed(cell.seed)
-        self.model, self.plans = build(cell)
-        self.model.to(device)
-        self.mask_hash = mask_hash(named_masks(self.model))
         self.route, route_reason = self._choose_route(runtime, resume)
+        self.forms = choose_forms(cell, runtime, device, self.route, resume)
+        self.model, self.plans = build(cell, self.forms.compact)
+        self.model.to(device)
+        self.mask_hash = mask_hash(named_live(self.model))
         set_route(self.model, self.route)
         self.optimizer = make_optimizer(cell, self.plans, device)
         self.scheduler = make_scheduler(self.optimizer, cell.schedule, cell.train.steps)
@@ -176,6 +181,8 @@ class Trainer:
             "threads": self.threads,
             "route": self.route,
             "route_reason": route_reason,
+            "compute": dict(self.forms.of_layer),
+            "compute_reason": self.forms.reason,
             "compiled": self.forward is not self.model,
         }
 
@@ -311,6 +318,7 @@ class Trainer:
             "mask_hash": self.mask_hash,
             "rng": torch.get_rng_state(),
             "route": self.route,
+            "compute": dict(self.forms.of_layer),
             "threads": self.threads,
         }
         if self.device.type == "cuda":
@@ -326,16 +334,17 @@ class Trainer:
                 "start it again"
             )
         try:
-            self.model.load_state_dict(state["model"])
+            model_state, optimizer_state = to_form_of(self.model, self.optimizer, state["model"], state["optimizer"])
+            self.model.load_state_dict(model_state)
         except RuntimeError as error:
             raise CheckpointError(f"the checkpoint at step {state['step']} is of another model: {error}") from error
-        if mask_hash(named_masks(self.model)) != self.mask_hash:
+        if mask_hash(named_live(self.model)) != self.mask_hash:
             raise CheckpointError(
                 f"the masks stored in the checkpoint at step {state['step']} are not those of its "
                 f"mask hash {self.mask_hash[:12]}; delete the cell's checkpoints folder to start "
                 "it again"
             )
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(optimizer_state)
         self.scheduler.load_state_dict(state["scheduler"])
         torch.set_rng_state(state["rng"])
         if self.device.type == "cuda" and "rng_cuda" in state:
@@ -345,14 +354,14 @@ class Trainer:
         """Return what the result says of the model and its cost, as plain values."""
         layers = parameter_rows(self.plans)
         sparse = [plan for plan in self.plans if plan.role in SPARSE_ROLES]
-        n_sparse = sum(plan.parameter.numel() for plan in sparse)
+        n_sparse = sum(math.prod(plan.shape) for plan in sparse)
         density = sum(plan.live for plan in sparse) / n_sparse
         tokens = steps_done * self.cell.train.batch_seqs * self.cell.model.context_tokens
         ratios = self.cell.ratios(density)
         return {
             **self.info,
             "params": {
-                "total": sum(plan.parameter.numel() for plan in self.plans),
+                "total": sum(math.prod(plan.shape) for plan in self.plans),
                 "live": sum(plan.live for plan in self.plans),
             },
             "m_d": ratios.m_d,
