@@ -218,10 +218,13 @@ def test_a_quickstart_that_was_interrupted_goes_on_and_says_json(
 ) -> None:
     words = (*QUICK, "train.steps=300", "format=json")  # long enough that there is something left to interrupt
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # a test run in the background of a shell has SIGINT ignored, and so would its children
+    program = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    program += "from supar_sweep.cli.main import main; sys.exit(main())"
     for phase, stop in (("1/4", signal.SIGINT), ("3/4", signal.SIGINT), ("3/4", signal.SIGKILL)):
         done = attempts()
         with (here / "err.txt").open("w") as err:
-            command = [sys.executable, "-m", "supar_sweep", *words]
+            command = [sys.executable, "-c", program, *words]
             child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=err)
         deadline_s = time.monotonic() + 120
         while phase not in (here / "err.txt").read_text() or attempts() == done:
