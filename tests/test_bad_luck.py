@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ import pytest
 from supar_sweep.sweep import locks
 from supar_sweep.training.checkpoint import Checkpoints
 from tests.command_line import GRID, QUICK, ROOT, STUDY, call, here, losses, only_cell, refused, result
+from tests.full_disk import files_up_to
 
 __all__ = ["here"]
 
@@ -104,19 +102,6 @@ def test_an_attempt_that_died_before_it_began_hides_no_curve(capsys: pytest.Capt
 
 
 # -- disks -----------------------------------------------------------------------------------------
-
-
-@contextmanager
-def files_up_to(n_bytes: int) -> Iterator[None]:
-    """No file may grow beyond n_bytes: real writes fail midway, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, old)
 
 
 @pytest.mark.parametrize("room_bytes", [0, 200, 1000])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import torch
 
 from supar_sweep.errors import CheckpointError
 from supar_sweep.training.checkpoint import Checkpoints
+from tests.full_disk import files_up_to
 
 
 def state(value: float) -> dict[str, Any]:
@@ -169,16 +169,9 @@ def test_a_full_disk_is_a_warning_and_leaves_the_old_checkpoint(
 
 
 def test_a_file_that_may_not_grow_is_a_warning(checkpoints: Checkpoints) -> None:
-    # RLIMIT_FSIZE stops a real write in the middle, as a full disk does
     checkpoints.save(10, state(1.0))
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, hard))
+    with files_up_to(1500):
         assert not checkpoints.save(20, state(2.0))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, old)
     assert len(checkpoints.warnings) == 1
     assert newest_step(checkpoints) == 10
     assert names(checkpoints) == ["step-00000010.pt", "step-00000010.sha256"]

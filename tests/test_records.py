@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
-import signal
 import subprocess
 import sys
 import tempfile
@@ -22,6 +20,7 @@ from supar_sweep.sweep import locks
 from supar_sweep.sweep.files import read_json, write_json
 from supar_sweep.sweep.records import Attempt, CellFolder, Store
 from supar_sweep.sweep.status import cell_state
+from tests.full_disk import files_up_to
 
 ID = "0123456789abcdef"
 
@@ -343,12 +342,8 @@ def small_files() -> Iterator[None]:
     """No file of this process grows above 4 KiB; Linux answers a write beyond it with an error, as
     a full disk does.
     """
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    with files_up_to(4096):
+        yield
 
 
 @pytest.mark.usefixtures("small_files")

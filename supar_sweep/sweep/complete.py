@@ -15,13 +15,10 @@ from typing import Protocol
 
 from supar_sweep.errors import RecordError
 from supar_sweep.sweep.interrupt import Interrupts
-from supar_sweep.sweep.jobs import Event, Launcher, plain_job
+from supar_sweep.sweep.jobs import POLL_S, RETRIES, Event, Launcher, plain_job
 from supar_sweep.sweep.records import COMPLETE_ENDS
 from supar_sweep.sweep.status import CellState, cell_state, folders
 from supar_sweep.sweep.submission import Experiment, Plan, PlannedCell
-
-POLL_S = 0.5
-"""How long a Ctrl-C, or a cell held by another process, may wait to be noticed."""
 
 
 class Progress(Protocol):
@@ -92,7 +89,7 @@ def complete(
     *,
     cost: Callable[[PlannedCell], float] = lambda cell: 1.0,
     progress: Progress | None = None,
-    retries: int = 2,
+    retries: int = RETRIES,
     alike: int = 5,
 ) -> Summary:
     """Return what came of the grid, after every cell of the plan that is not complete was tried.

@@ -16,6 +16,12 @@ from supar_sweep.config.schema import CellConfig, RuntimeConfig
 from supar_sweep.sweep.identity import cell_id, label
 from supar_sweep.sweep.records import CellFolder, Store
 
+RETRIES = 2
+"""A cell whose process was lost is tried again so often within one call."""
+
+POLL_S = 0.5
+"""How long a Ctrl-C, or a cell held by another process, may wait to be noticed."""
+
 Job = Mapping[str, Any]
 """One cell's work as plain values, resolved at submission. A worker runs from it and nothing else.
 

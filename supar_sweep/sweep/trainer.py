@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from supar_sweep.config.schema import CellConfig, RuntimeConfig
-from supar_sweep.sweep.jobs import Event, Job, Launcher, folder_of, make_job
+from supar_sweep.sweep.jobs import POLL_S, RETRIES, Event, Job, Launcher, folder_of, make_job
 from supar_sweep.sweep.records import COMPLETE_ENDS, Store
 from supar_sweep.sweep.status import cell_state
-
-POLL_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class CellTrainer:
         *,
         fingerprint: str,
         provenance: Mapping[str, Any],
-        retries: int = 2,
+        retries: int = RETRIES,
     ) -> None:
         self._store, self._launcher, self._runtime = store, launcher, runtime
         self._fingerprint, self._provenance = fingerprint, provenance
