@@ -37,7 +37,7 @@ def test_each_command_knows_its_own_sections(command: str) -> None:
         ("tune base.width=20", "width: must be a multiple of d_head = 8 (got 20); allowed: 16 or 24"),
         ("tune launcher.procesess=2", "did you mean 'launcher.processes'?"),
         ("quickstart launcher.procesess=2", "did you mean 'launcher.processes'?"),
-        ("quickstart plot.metric=loss", "plot.metric: unknown choice (got 'loss')"),
+        ("quickstart metric=loss", "metric: unknown choice (got 'loss')"),
         ("quickstart base.width=20", "base.width: must be a multiple of d_head = 8 (got 20); allowed: 16 or 24"),
         ("plot +plot.colour=red", "plot.colour: unknown key; allowed: metric"),
         ("plan runs_dir=null", "runs_dir: must be a path"),
