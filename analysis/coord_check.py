@@ -56,7 +56,7 @@ def draw(found: CoordinateSet) -> Figure:
         style.heading(drawn, f"{NAMES[found.statistic]}, {at}, {n}")
         shown = steps if len(steps) <= 6 else [steps[round(i * (len(steps) - 1) / 4)] for i in range(5)]
         handles = [Line2D([], [], color=colors[step]) for step in shown]
-        drawn.legend(handles, [f"step {step}" for step in shown], loc="outside lower center", ncols=len(shown))
+        style.legend(drawn, handles, [f"step {step}" for step in shown])
     return drawn
 
 

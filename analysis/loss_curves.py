@@ -182,7 +182,7 @@ def draw(found: LossCurves) -> Figure:
         if any(curve.n_diverged for _, curves in found.panels for curve in curves):
             handles.append(Line2D([], [], color=style.MUTED, marker="x", linewidth=0))
             labels.append("diverged")
-        drawn.legend(handles, labels, loc="outside lower center", ncols=min(len(handles), 4))
+        style.legend(drawn, handles, labels)
     return drawn
 
 

@@ -49,14 +49,7 @@ def draw(basins: BasinSet) -> Figure:
         grid[0].set_ylabel(f"{style.METRIC_NAMES[basins.metric]} (nats)")
         style.heading(drawn, _title(basins))
         handles, labels = _legend(basins, hues, looks)
-        drawn.legend(
-            handles,
-            labels,
-            loc="outside lower center",
-            ncols=min(len(handles), 4 if n > 1 else 2),
-            columnspacing=1.6,
-            handlelength=1.9,
-        )
+        style.legend(drawn, handles, labels)
     return drawn
 
 

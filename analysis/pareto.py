@@ -186,10 +186,10 @@ def _fitted(rows: pd.DataFrame, x: str, swept: str, metric: str, at: float) -> d
     """Return the line at the reference's optimum and at each x' own, from the basins over the swept axis."""
     (panel,) = lr_basins(rows, swept, x, None, metric, reference=at).panels
     lines = sorted(panel.lines, key=lambda line: float(line.hue))
-    found: dict[At, tuple[Point, ...]] = {}
-    if panel.transferred is not None:
-        found["transferred"] = tuple(_transferred(panel, line) for line in lines)
-    return found | {"own best": tuple(_own_best(line) for line in lines)}
+    return {
+        "transferred": tuple(_transferred(panel, line) for line in lines),
+        "own best": tuple(_own_best(line) for line in lines),
+    }
 
 
 def _own_best(line: Line) -> Point:
@@ -206,9 +206,9 @@ def _own_best(line: Line) -> Point:
 
 
 def _transferred(panel: Panel, line: Line) -> Point:
-    assert panel.transferred is not None
+    if panel.transferred is None or panel.transferred.x is None:
+        return Point(float(line.hue), None, {}, note="the reference has no optimum to transfer")
     at = panel.transferred.x
-    assert at is not None
     regret = panel.regret(line)
     nearest = _nearest(line, at)
     beside = [point for point in line.points if abs(point.log2_x - at) <= abs(nearest.log2_x - at) + 1e-9]
@@ -285,7 +285,9 @@ def draw(found: Pareto) -> Figure:
         order: tuple[At, ...] = ("as run", "transferred", "own best")
         kinds = [at for at in order if any(c.at == at for _, cs in found.panels for c in cs)]
         shown = [(name, at, [c for c in curves if c.at == at]) for name, curves in found.panels for at in kinds]
-        drawn, grid = style.panels(len(shown), style.COLUMN_IN * (1.0 if len(shown) > 1 else 1.3), 3.0)
+        drawn, grid = style.panels(
+            len(shown), style.COLUMN_IN * (1.0 if len(shown) > 1 else 1.3), 3.0, per_row=len(kinds) if found.col else 4
+        )
         hues = list(dict.fromkeys(curve.hue for _, curves in found.panels for curve in curves))
         looks = style.looks(found.hue, hues)
         xs = sorted({point.x for _, curves in found.panels for curve in curves for point in curve.points})
@@ -323,8 +325,8 @@ def draw(found: Pareto) -> Figure:
             labels.append("best at grid edge: an upper bound")
         if any(p.loss is None for p in notes):
             handles.append(Line2D([], [], color=style.MUTED, marker="x", linewidth=0))
-            labels.append("diverged or not measured")
-        drawn.legend(handles, labels, loc="outside lower center", ncols=min(len(handles), 4))
+            labels.append("diverged, or nothing to transfer")
+        style.legend(drawn, handles, labels)
     return drawn
 
 

@@ -134,7 +134,7 @@ def draw(found: Study) -> Figure:
         }
         text = ", ".join(f"{count} {end}" for end, count in counts.items() if count)
         style.heading(drawn, f"study {found.name}: {text}")
-        drawn.legend(*_legend(found), loc="outside lower center", ncols=5)
+        style.legend(drawn, *_legend(found))
     return drawn
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -241,22 +242,43 @@ def value_ticks(axes: Axes, values: Sequence[float]) -> None:
     axes.minorticks_off()
 
 
-def panels(n: int, width_in: float, height_in: float, *, legend_in: float = 0.9) -> tuple[Figure, list[Axes]]:
-    """Return a figure with n panels that share both axes, four in a row at most, and their axes.
+def panels(
+    n: int, width_in: float, height_in: float, *, legend_in: float = 0.9, per_row: int = 4
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure with n panels that share both axes, and their axes.
 
     Args:
         n: number of panels.
         width_in, height_in: of one panel.
         legend_in: height kept below for a legend.
+        per_row: panels side by side, at most.
     """
-    per_row = min(n, 4)
-    rows = math.ceil(n / per_row)
-    drawn = figure(max(width_in * per_row, COLUMN_IN), height_in * rows + legend_in)
-    grid = drawn.subplots(rows, per_row, sharex=True, sharey=True, squeeze=False)
-    found = list(grid.flat)
+    columns = min(n, per_row)
+    rows = math.ceil(n / columns)
+    drawn = figure(max(width_in * columns, COLUMN_IN), height_in * rows + legend_in)
+    found = list(drawn.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
     for spare in found[n:]:
         spare.set_visible(False)
+    for lowest in found[max(n - columns, 0) : n]:
+        lowest.tick_params(labelbottom=True)
     return drawn, found[:n]
+
+
+def legend(drawn: Figure, handles: Sequence[Any], labels: Sequence[str], **more: Any) -> None:
+    """Write one legend below the panels, in as many columns as the figure's width takes.
+
+    Args:
+        drawn: the figure.
+        handles, labels: of the same length.
+        more: for matplotlib's legend.
+    """
+    # a line's handle takes .55 inches, a letter at this size .065; mathematical text is shorter than it is long
+    longest = max((len(re.sub(r"[${}^]", "", label)) for label in labels), default=0)
+    columns = max(int(drawn.get_figwidth() / (0.55 + 0.065 * longest)), 1)
+    columns = math.ceil(len(labels) / math.ceil(len(labels) / columns)) if labels else 1
+    drawn.legend(
+        handles, labels, loc="outside lower center", ncols=columns, columnspacing=1.6, handlelength=1.9, **more
+    )
 
 
 def save(drawn: Figure, stem: Path, formats: Sequence[str] = ("png", "pdf")) -> list[Path]:

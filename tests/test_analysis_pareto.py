@@ -55,6 +55,14 @@ def test_a_value_that_diverges_or_lies_outside_has_no_loss() -> None:
     draw(found)
 
 
+def test_without_a_dense_optimum_there_is_nothing_to_transfer() -> None:
+    found = pareto(frame(rows(optima={"sp": (-14.0, -6.5)})))
+    assert set(curve(found, "sp", "transferred").values()) == {None}
+    assert None not in curve(found, "sp", "own best").values()
+    drawn = draw(found)
+    assert [line.get_marker() for line in drawn.axes[0].lines].count("x") == 2
+
+
 def test_a_censored_best_is_marked_as_a_bound() -> None:
     found = pareto(frame(rows(optima={"mup": (-8.0, 0.0)})))
     (point,) = [p for _, cs in found.panels for c in cs for p in c.points if c.at == "own best" and p.x < 1]

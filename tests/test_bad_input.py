@@ -39,7 +39,7 @@ def test_each_command_knows_its_own_sections(command: str) -> None:
         ("quickstart launcher.procesess=2", "did you mean 'launcher.processes'?"),
         ("quickstart metric=loss", "metric: unknown choice (got 'loss')"),
         ("quickstart base.width=20", "base.width: must be a multiple of d_head = 8 (got 20); allowed: 16 or 24"),
-        ("plot +plot.colour=red", "plot.colour: unknown key; allowed: metric"),
+        ("plot +colour=red", "colour: unknown key for plot"),
         ("plan runs_dir=null", "runs_dir: must be a path"),
         ("plan hparams_file=3", "hparams_file: must be a path (got 3)"),
         ("plan model=null", "model: must be one of its options (got 'null'); allowed: gpt, paper"),
