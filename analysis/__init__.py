@@ -4,6 +4,7 @@
     smooth.py       the model of a loss curve under seed noise, pooled over a panel's lines
     fit.py          a panel's lines -> optimum and confidence interval, or a censored one's bound
     basins.py       table -> BasinSet: panels, lines, points, fitted optima (no drawing)
+    pairing.py      how far two optima's errors go together, because the same seeds trained both lines
     verdict.py      BasinSets -> entries, a verdict per parameterization, proposed points, their files
     statements.py   entries -> the claims of the quick start, true or false, with their numbers
     tables.py       entries -> rows of the verdict table

@@ -14,6 +14,7 @@ from supar_sweep.sweep.files import write_file
 
 from .basins import BasinSet, Line, Panel
 from .fit import Interval, Side
+from .pairing import correlation, shared_part
 
 MAX_SHIFT_OCTAVES = 0.5
 MAX_REGRET_PERCENT = 1.0
@@ -125,15 +126,17 @@ def shift(panel: Panel, line: Line) -> Shift:
     here, there = line.optimum, reference.optimum
     value = None if here.x is None or there.x is None else here.x - there.x
     if here.x is not None and there.x is not None and here.ci is not None and there.ci is not None:
-        # The intervals are lopsided: variances recovered from each side separately.
-        # Source: Zou and Donner, Stat. Med. 27 (2008) 1693; ASSUMPTION: independent
-        # (conservative).
+        # The intervals are lopsided: variances recovered from each side separately, errors correlated.
+        # Source: Zou and Donner, Stat. Med. 27 (2008) 1693; Zou, Psychol. Methods 12 (2007) 399, eq. 15.
         value = here.x - there.x
+        together = _correlation(panel, line, reference)
+        below, above = here.x - here.ci[0], here.ci[1] - here.x
+        below_there, above_there = there.x - there.ci[0], there.ci[1] - there.x
         return Shift(
             value,
             (
-                value - math.hypot(here.x - here.ci[0], there.ci[1] - there.x),
-                value + math.hypot(here.ci[1] - here.x, there.x - there.ci[0]),
+                value - math.sqrt(below**2 + above_there**2 - 2 * together * below * above_there),
+                value + math.sqrt(above**2 + below_there**2 - 2 * together * above * below_there),
             ),
         )
     # Some end is not known: a bound needs this line's lower and the reference's upper end, or the
@@ -145,6 +148,16 @@ def shift(panel: Panel, line: Line) -> Shift:
     if most is not None and reference_least is not None:
         return Shift(value, bound=most - reference_least, side="low")
     return Shift(value)
+
+
+def _correlation(panel: Panel, line: Line, reference: Line) -> float:
+    """Return how far the errors of the two optima go together; 0 where either was not fitted."""
+    curves = [each.fit.curve for each in panel.lines if each.fit.curve is not None]
+    mine, other = line.fit.curve, reference.fit.curve
+    if mine is None or other is None or {line.optimum.status, reference.optimum.status} != {"fitted"}:
+        return 0.0
+    assert line.optimum.x is not None and reference.optimum.x is not None
+    return correlation(mine, line.optimum.x, other, reference.optimum.x, shared_part(curves))
 
 
 def _end(line: Line, side: Side) -> float | None:
