@@ -57,13 +57,16 @@ def test_lines_without_common_runs_share_nothing() -> None:
 
 
 def test_optima_far_apart_share_less() -> None:
-    # much noise, so that it and not the curve's unknown shape is the optimum's error
-    near = curves(panel(0.95, sigma=0.02))
-    far = curves(panel(0.95, sigma=0.02, optima=(-8.0, -4.5, -4.5)))
-    close = correlation(near[0], OPTIMA[0], near[1], OPTIMA[1], 0.9)
-    assert 0.3 < close < 0.95
-    assert correlation(far[0], -8.0, far[1], -4.5, 0.9) < 0.5 * close
-    assert correlation(near[0], OPTIMA[0], near[1], OPTIMA[1], 0.0) == 0.0
+    def typical(optima: tuple[float, ...], shared: float = 0.9) -> float:
+        found = []
+        for seed in range(8):
+            first, second, _ = curves(panel(0.95, seed=seed, optima=optima))
+            found.append(correlation(first, optima[0], second, optima[1], shared))
+        return float(np.median(found))
+
+    assert 0.3 < typical(OPTIMA) < 0.95
+    assert typical((-8.0, -4.5, -4.5)) < 0.1
+    assert typical(OPTIMA, shared=0.0) == 0.0
 
 
 def test_pairing_narrows_the_shift_where_errors_are_shared_and_only_there() -> None:
