@@ -11,7 +11,7 @@
     coordinates.py  rows of a coordinate check -> CoordinateSets and tests of their slopes
     style.py        the one look of every figure
     lr_basins.py    BasinSet -> Figure, PNG, PDF, CSV; so do the following, each from data of its own
-    coord_check.py, pareto.py, heatmap.py, loss_curves.py, study.py
+    coord_check.py, pareto.py, heatmap.py, scaling.py, loss_curves.py, study.py
 
 Nothing is imported here: every module is loaded by whoever needs it.
 """

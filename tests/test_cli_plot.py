@@ -56,6 +56,7 @@ DRAWN = [
     (("figure=pareto", "col=width", "metric=val_loss"), "pareto-col-width-val_loss"),
     (("figure=pareto", "x=width", "col=density"), "pareto-x-width-col-density"),
     (("figure=heatmap",), "heatmap"),
+    (("figure=scaling",), "scaling"),
     (("figure=loss_curves", "where={width: 16, lr: 0.0078125}"), "loss_curves"),
     (
         ("figure=loss_curves", "x=step", "hue=lr", "col=none", "where={width: 16, density: 1, parameterization: sp}"),
@@ -124,6 +125,7 @@ def test_loss_curves_hold_every_step_of_a_short_run(records: Path, capsys: pytes
         ("where.width=17", "where.width: no row has it (got 17)"),
         ("figure=study x=lr", "x: has no effect on figure=study"),
         ("figure=loss_curves metric=val_loss", "metric: has no effect on figure=loss_curves"),
+        ("figure=scaling hue=width", "hue: has no effect on figure=scaling"),
         ("figure=heatmap reference=1", "reference: has no effect on figure=heatmap"),
         ("check.name=mine", "check.name: has no effect on figure=lr_basins"),
         ("metric=loss", "metric: unknown choice (got 'loss')"),

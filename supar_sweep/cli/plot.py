@@ -15,11 +15,13 @@ from supar_sweep.cli.output import emit, say
 from supar_sweep.cli.rooms import room
 from supar_sweep.cli.settings import FIGURE, Settings
 from supar_sweep.config.decode import decode
-from supar_sweep.config.schema import check_ranges, setting
+from supar_sweep.config.schema import CellConfig, check_ranges, setting
 from supar_sweep.errors import ConfigError
 from supar_sweep.sweep.status import folders, rows
+from supar_sweep.sweep.submission import Plan
 from supar_sweep.sweep.trials import trial_rows
 from supar_sweep.sweep.winner import load_winner
+from supar_sweep.training.cost import count_parameters
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ KINDS = {
     "init_basins": Kind("init_std", "density", "parameterization"),
     "pareto": Kind("density", "parameterization", None),
     "heatmap": Kind("density", "width", "parameterization", tuple(key for key in FIGURE if key != "reference")),
+    "scaling": Kind(None, None, "parameterization", ("figure", "col", "where", "metric")),
     "loss_curves": Kind("tokens", "density", "parameterization", ("figure", "x", "hue", "col", "where")),
     "study": Kind(None, None, None, ("figure", "study")),
     "coord_check": Kind(None, None, None, ("figure", "check")),
@@ -95,6 +98,10 @@ def plot(settings: Settings) -> int:
     table = room("analysis.frames").frame(records)
     module = room(f"analysis.{config.figure}")
     keywords: dict[str, Any] = {**axes, "fixed": config.where}
+    if config.figure == "scaling":
+        keywords = {"col": axes["col"], "fixed": config.where}
+        live = _live_hidden_weights(frozen)
+        table["live_parameters"] = [live[this] for this in table["cell_id"]]
     if config.figure == "loss_curves":
         table = room("analysis.frames").where(table, config.where)
         cells = folders(experiment.store, frozen)
@@ -109,6 +116,19 @@ def plot(settings: Settings) -> int:
     emit(data, format=settings.format)
     _say_written(written)
     return 0
+
+
+def _live_hidden_weights(frozen: Plan) -> dict[str, int]:
+    """Return each cell's number of live hidden weights, by id; counted once a shape."""
+    counted: dict[Any, int] = {}
+    found = {}
+    for this, planned in frozen.cells.items():
+        cell = decode(CellConfig, planned.cell)
+        shape = (cell.model, cell.density, cell.layer_density)
+        if shape not in counted:
+            counted[shape] = count_parameters(cell).sparse_live
+        found[this] = counted[shape]
+    return found
 
 
 def metric_of(settings: Settings) -> str:
