@@ -1,7 +1,8 @@
 """From records to figures and numbers: rows -> a pure curve dataclass -> a matplotlib Figure.
 
     frames.py       rows (one per grid point, parameterization and seed) -> a checked table, its axes and parts
-    smooth.py       the model of a loss curve under seed noise, pooled over a panel's lines
+    wiener.py       a smooth random process: bases and covariances
+    smooth.py       the model of a loss curve under seed noise with it, pooled over a panel's lines
     fit.py          a panel's lines -> optimum and confidence interval, or a censored one's bound
     basins.py       table -> BasinSet: panels, lines, points, fitted optima (no drawing)
     pairing.py      how far two optima's errors go together, because the same seeds trained both lines

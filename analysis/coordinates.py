@@ -25,7 +25,8 @@ from supar_sweep.rules.parameterization import PARAMETERIZATIONS, Method, formul
 
 from .fit import Interval
 from .frames import rounded, values_of
-from .smooth import CONFIDENCE, Array
+from .smooth import CONFIDENCE
+from .wiener import Array
 
 STATISTICS = ("activation", "gradient", "change")
 KINDS = ("embedding", "attention", "mlp", "logits")

@@ -26,7 +26,8 @@ from typing import Literal
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
-from .smooth import REACH_OCTAVES, Array, Curve, Samples, crossings, paired_means, pool
+from .smooth import REACH_OCTAVES, Curve, Samples, crossings, paired_means, pool
+from .wiener import Array
 
 WINDOW_OCTAVES = 3.0
 MAX_EXCESS = 0.25

@@ -29,7 +29,8 @@ from supar_sweep.errors import ConfigError
 from . import style
 from .basins import basin_sets
 from .frames import check_axes, check_metric, single_values, where
-from .smooth import CONFIDENCE, Array
+from .smooth import CONFIDENCE
+from .wiener import Array
 
 PARAMETERS = ("floor", "log_scale", "alpha", "gamma")
 LEAST_LIVE = 3

@@ -23,14 +23,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from scipy.special import stdtrit
 
-Array = npt.NDArray[np.floating[Any]]
-Order = Literal[3, 4]
+from .wiener import Array, Order, kernel, kernel_slope, kernel_slope_variance, powers, slopes
 
 CONFIDENCE = 0.95
 """Of every interval and bound."""
@@ -153,8 +151,8 @@ class Curve:
     def loss(self, at: Array) -> Array:
         """Return the posterior mean of the loss at `at` (log2), in the loss's units."""
         mean, _ = self._posterior(
-            _powers(at - self._centre, self.order),
-            _kernel(self._shift(at)[:, None], self._knots[None], self.order),
+            powers(at - self._centre, self.order),
+            kernel(self._shift(at)[:, None], self._knots[None], self.order),
             np.zeros_like(at),
         )
         return self.level + mean
@@ -162,9 +160,9 @@ class Curve:
     def slope(self, at: Array) -> tuple[Array, Array]:
         """Return the slope's posterior mean and standard deviation at `at`, per octave."""
         return self._posterior(
-            _slopes(at - self._centre, self.order),
-            _kernel_slope(self._shift(at)[:, None], self._knots[None], self.order),
-            _kernel_slope_variance(self._shift(at), self.order),
+            slopes(at - self._centre, self.order),
+            kernel_slope(self._shift(at)[:, None], self._knots[None], self.order),
+            kernel_slope_variance(self._shift(at), self.order),
         )
 
     def rise(self, at: Array, above: float) -> tuple[Array, Array]:
@@ -173,18 +171,18 @@ class Curve:
         here_, there_ = self._shift(at), self._shift(there)
         knots = self._knots[None]
         return self._posterior(
-            _powers(at - self._centre, self.order) - _powers(there - self._centre, self.order),
-            _kernel(here_[:, None], knots, self.order) - _kernel(there_[:, None], knots, self.order),
-            _kernel(here_, here_, self.order)
-            + _kernel(there_, there_, self.order)
-            - 2 * _kernel(here_, there_, self.order),
+            powers(at - self._centre, self.order) - powers(there - self._centre, self.order),
+            kernel(here_[:, None], knots, self.order) - kernel(there_[:, None], knots, self.order),
+            kernel(here_, here_, self.order)
+            + kernel(there_, there_, self.order)
+            - 2 * kernel(here_, there_, self.order),
         )
 
     def weights(self, at: float) -> Array:
         """Return [n_x]: what each mean counts in the slope at `at`, slope = weights @ means."""
-        design = _powers(self.x - self._centre, self.order)
-        basis = _slopes(np.array([at - self._centre]), self.order)[0]
-        cross = _kernel_slope(self._shift(np.array(at)), self._knots, self.order)
+        design = powers(self.x - self._centre, self.order)
+        basis = slopes(np.array([at - self._centre]), self.order)[0]
+        cross = kernel_slope(self._shift(np.array(at)), self._knots, self.order)
         total = np.zeros(len(self.x))
         for part in self.parts:
             to_beta = part.spread @ design.T @ part.inverse
@@ -207,7 +205,7 @@ class Curve:
 
     def _posterior(self, basis: Array, cross: Array, prior: Array) -> tuple[Array, Array]:
         """Mix the hypotheses; `basis` [k, order], `cross` [k, n_x], `prior` [k]: of intensity 1."""
-        design = _powers(self.x - self._centre, self.order)
+        design = powers(self.x - self._centre, self.order)
         first = np.zeros(len(basis))
         second = np.zeros(len(basis))
         for part in self.parts:
@@ -293,9 +291,9 @@ def _weigh(
     total = {line.order: np.zeros(shape) for line in lines}
     solved: list[list[tuple[Array, Array, Array, Array]]] = []
     for index, line in enumerate(lines):
-        design = _powers(line.x - line.x.mean(), line.order)
+        design = powers(line.x - line.x.mean(), line.order)
         knots = line.x - (line.x[0] - REACH_OCTAVES)
-        deviation = _kernel(knots[:, None], knots[None], line.order)
+        deviation = kernel(knots[:, None], knots[None], line.order)
         rows = []
         for h, hypothesis in enumerate(hypotheses):
             means = hypothesis.means[index]
@@ -341,47 +339,6 @@ def _weigh(
         noise_sd.append(float(np.sqrt(variance)))
         rho.append(sum(float(weight[h].sum()) * each.rho for h, each in enumerate(hypotheses)))
     return parts, noise_sd, rho
-
-
-def _powers(x: Array, order: Order) -> Array:
-    return np.stack([x**power for power in range(order)], axis=-1)
-
-
-def _slopes(x: Array, order: Order) -> Array:
-    return np.stack([power * x ** max(power - 1, 0) for power in range(order)], axis=-1)
-
-
-def _kernel(s: Array, t: Array, order: Order) -> Array:
-    """Covariance of a Wiener process integrated order - 1 times.
-
-    Source: Wahba (1978): integral_0^min (s-u)^(m-1) (t-u)^(m-1) / ((m-1)!)^2 du, m =
-    order, expanded in v = min - u and d = |s - t|.
-    """
-    v, d = np.minimum(s, t), np.abs(s - t)
-    if order == 3:
-        quadratic: Array = v**5 / 20 + d * v**4 / 8 + d**2 * v**3 / 12
-        return quadratic
-    cubic: Array = (v**7 / 7 + d * v**6 / 2 + 3 * d**2 * v**5 / 5 + d**3 * v**4 / 4) / 36
-    return cubic
-
-
-def _kernel_slope(s: Array, t: Array, order: Order) -> Array:
-    """Return the derivative of `_kernel` in s."""
-    v, d = np.minimum(s, t), np.abs(s - t)
-    if order == 3:
-        right = v**4 / 8 + d * v**3 / 6
-        left = v**4 / 8 + d * v**3 / 3 + d**2 * v**2 / 4
-    else:
-        right = (v**6 / 6 + 2 * d * v**5 / 5 + d**2 * v**4 / 4) / 12
-        left = (v**6 / 6 + 3 * d * v**5 / 5 + 3 * d**2 * v**4 / 4 + d**3 * v**3 / 3) / 12
-    slope: Array = np.where(s >= t, right, left)
-    return slope
-
-
-def _kernel_slope_variance(s: Array, order: Order) -> Array:
-    """Return the prior variance of the slope at s: integral_0^s (s-u)^(2m-4) / ((m-2)!)^2 du."""
-    variance: Array = s**3 / 3 if order == 3 else s**5 / 20
-    return variance
 
 
 def crossings(x: Array, y: Array) -> list[float]:
