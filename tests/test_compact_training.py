@@ -13,7 +13,7 @@ from supar_sweep.sparse.compact import CompactLinear, compact_layers
 from supar_sweep.sparse.linear import MaskedLinear
 from supar_sweep.training.corpus import Corpus, load_corpus
 from supar_sweep.training.cost import memory_gb, sparse_shapes
-from supar_sweep.training.train import Trainer
+from supar_sweep.training.trainer import Trainer
 from tests.short_runs import run
 from tests.tiny import tiny_cell, tiny_runtime
 

@@ -303,20 +303,20 @@ def test_a_job_is_plain_json_and_a_moved_store_still_works(tmp_path: Path) -> No
 
 FREED = """
 import gc, sys, weakref
-from supar_sweep.training import environment, train
+from supar_sweep.training import environment, trainer
 from supar_sweep.training.corpus import load_corpus
 from tests.short_runs import run
 from tests.tiny import tiny_cell
 
 environment.prepare_process(1)
-built, models = train.build, []
+built, models = trainer.build, []
 
 def build(*arguments):
     model, plans = built(*arguments)
     models.append(weakref.ref(model))
     return model, plans
 
-train.build = build
+trainer.build = build
 gc.disable()
 run(load_corpus(tiny_cell().data), runtime={"compute": sys.argv[1]})
 sys.exit(len(models) != 1 or models[0]() is not None)

@@ -143,8 +143,15 @@ def train(settings: Settings, grid: Grid, launcher: Launcher) -> Summary:
     """Return what came of the grid. Progress, troubles and where the records are go to stderr."""
     say(f"{settings.experiment}: {len(grid.plan.points)} points, {len(grid.cells)} cells")
     experiment = experiment_of(settings)
+    price_of = price(settings, launcher)
     with Live(settings.experiment) as progress:
-        summary = complete(experiment, grid.plan, launcher, cost=price(grid), progress=progress)
+        summary = complete(
+            experiment,
+            grid.plan,
+            launcher,
+            price=lambda planned: price_of(grid.cells[planned.cell_id]),
+            progress=progress,
+        )
     for trouble in summary.troubles:
         log = f" (see {trouble.log})" if trouble.log else ""
         say(f"{trouble.n} {trouble.end}, first {trouble.cell}: {trouble.message}{log}")

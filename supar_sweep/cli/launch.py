@@ -12,12 +12,13 @@ from supar_sweep.cli.settings import Settings
 from supar_sweep.config.decode import decode
 from supar_sweep.config.schema import CellConfig, DataConfig, check_ranges, setting
 from supar_sweep.errors import ConfigError
+from supar_sweep.sweep.cohorts import Price
 from supar_sweep.sweep.grid import GridPoint
 from supar_sweep.sweep.jobs import Launcher
-from supar_sweep.sweep.submission import Experiment, Plan, PlannedCell, make_plan, provenance
+from supar_sweep.sweep.submission import Experiment, Plan, make_plan, provenance
 from supar_sweep.training.corpus import check_files, fingerprint, resolve
-from supar_sweep.training.cost import flops_per_step
-from supar_sweep.training.environment import versions
+from supar_sweep.training.cost import flops_per_step, most_together, relative_cost
+from supar_sweep.training.environment import memory_of_gpus_gb, memory_of_machine_gb, versions
 
 LAUNCHERS = ("local",)
 
@@ -142,18 +143,43 @@ def flops(cell: CellConfig, *, dense_compute: bool = False) -> float:
     return float(cell.train.steps) * flops_per_step(cell, dense_compute=dense_compute)
 
 
-def price(grid: Grid) -> Callable[[PlannedCell], float]:
-    """Return the relative cost of a cell, for `complete` to start the dear ones first."""
-    # what the FLOPs depend on; thousands of cells share a few of these
-    known: dict[Any, float] = {}
+def price(settings: Settings, launcher: Launcher) -> Callable[[CellConfig], Price]:
+    """Return what says of a cell what it costs beside others, and with how many of its shape it is trained.
 
-    def of(planned: PlannedCell) -> float:
-        cell = grid.cells[planned.cell_id]
-        key = shape_key(cell)
+    Args:
+        settings: runtime.cohort decides where it is set, else shape and memory.
+        launcher: whose processes share the memory.
+    """
+    runtime = settings.runtime()
+    gpus_gb = memory_of_gpus_gb() if trains_on_gpu(runtime.device) else []
+    device = "cuda" if gpus_gb else "cpu"
+    # of the machine a fifth is left to others; a GPU's processes share it
+    each_gb = min(gpus_gb) * len(gpus_gb) if gpus_gb else memory_of_machine_gb()
+    free_gb = 0.8 * each_gb / launcher.slots
+    # what the price depends on; thousands of cells share a few of these
+    known: dict[Any, Price] = {}
+
+    def of(cell: CellConfig) -> Price:
+        key = (*shape_key(cell), cell.data)
         if key not in known:
-            # this release multiplies by the whole masked matrix, so density saves no time
-            known[key] = flops(cell, dense_compute=True)
+            known[key] = Price(
+                cost=relative_cost(cell, compact=runtime.compute != "dense" and not runtime.compile),
+                # what training.cohort.stack_key asks for, as far as the settings know it
+                shape=(
+                    cell.model,
+                    cell.data,
+                    cell.train.batch_seqs,
+                    cell.train.accumulation_steps,
+                    cell.train.precision,
+                ),
+                together=together(cell),
+            )
         return known[key]
+
+    def together(cell: CellConfig) -> int:
+        if cell.train.target is not None or runtime.compile:
+            return 1
+        return runtime.cohort or most_together(cell, device=device, free_gb=free_gb)
 
     return of
 

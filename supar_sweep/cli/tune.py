@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from supar_sweep.cli.idle import refuse_for_proxy
-from supar_sweep.cli.launch import check_corpora, make_launcher, submission_facts
+from supar_sweep.cli.launch import check_corpora, make_launcher, price, submission_facts
 from supar_sweep.cli.output import emit, say
 from supar_sweep.cli.progress import Live
 from supar_sweep.cli.settings import Settings
@@ -60,6 +60,7 @@ def study(settings: Settings, launcher: Launcher) -> Winner:
         settings.runtime(),
         fingerprint=print_of_data,
         provenance=facts,
+        price=price(settings, launcher),
     )
     with Live(f"tune {settings.study().name}") as live:
         clock = _Clock()
