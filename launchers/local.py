@@ -17,7 +17,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -43,6 +43,7 @@ class LocalLauncher:
     Args:
         processes: workers, >= 1; None = as many as cores // threads, at least 1.
         threads: threads of each, >= 1.
+        gpus: each worker sees one of these, the one with the fewest workers (CUDA_VISIBLE_DEVICES); none = what is there.
         log_folder: gets what the workers print, a file each; empty ones are removed at the end.
         grace_s: how long `close` waits for cells to save before it kills, >= 0.
         function: what a worker calls with a group of jobs, "module:name".
@@ -55,12 +56,13 @@ class LocalLauncher:
         *,
         processes: int | None,
         threads: int,
+        gpus: Sequence[str] = (),
         log_folder: Path,
         grace_s: float,
         function: str = RUN_CELLS,
     ) -> None:
         self.slots = processes or max(1, len(os.sched_getaffinity(0)) // threads)
-        self._threads, self._log_folder = threads, log_folder
+        self._threads, self._gpus, self._log_folder = threads, gpus, log_folder
         self._grace_s, self._function = grace_s, function
         self._queue: deque[Sequence[Job]] = deque()
         self._events: list[Event] = []
@@ -148,9 +150,14 @@ class LocalLauncher:
             "PYTHONPATH": _search_path(),
             "PYTHONUNBUFFERED": "1",
         }
+        gpu = None
+        if self._gpus:
+            taken = Counter(worker.gpu for worker in self._workers)
+            gpu = min(self._gpus, key=lambda name: taken[name])
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
         try:
             self._log_folder.mkdir(parents=True, exist_ok=True)
-            worker = _Worker(self._function, environment, log)
+            worker = _Worker(self._function, environment, log, gpu)
         except OSError as error:
             raise RecordError(f"cannot start a worker that logs to {log}: {error}") from error
         self._workers.append(worker)
@@ -183,9 +190,9 @@ class LocalLauncher:
 class _Worker:
     """One worker process as its parent sees it."""
 
-    def __init__(self, function: str, environment: Mapping[str, str], log: Path) -> None:
+    def __init__(self, function: str, environment: Mapping[str, str], log: Path, gpu: str | None) -> None:
         self.jobs: dict[str, Job] = {}  # those that have not ended, by cell_id
-        self.log = log
+        self.log, self.gpu = log, gpu
         self._busy = False
         self._job_log_bytes = 0
         self._stopping = False

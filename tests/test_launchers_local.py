@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,21 @@ def test_each_worker_has_its_threads_and_sleeps_when_idle(runs_dir: Path) -> Non
 def tell(jobs: list[dict[str, Any]], *, should_stop: object, ended: Callable[..., None]) -> None:
     """What a worker is told of its environment."""
     (Path(jobs[0]["store"]).parent / "told").write_text(json.dumps(dict(os.environ)))
+    ended(jobs[0]["cell_id"], "done")
+
+
+def test_each_worker_has_a_gpu_of_its_own_while_there_are_enough(runs_dir: Path) -> None:
+    jobs = [job_of(runs_dir, seed) for seed in range(3)]
+    with pool(runs_dir, processes=3, gpus=["0", "GPU-7f"], function="tests.test_launchers_local:tell_gpu") as launcher:
+        through(launcher, jobs)
+    seen = sorted((runs_dir / job["cell_id"]).read_text() for job in jobs)
+    assert seen in (["0", "0", "GPU-7f"], ["0", "GPU-7f", "GPU-7f"])
+
+
+def tell_gpu(jobs: list[dict[str, Any]], *, should_stop: object, ended: Callable[..., None]) -> None:
+    """What a worker sees of the GPUs; slow enough for each job to get its own worker."""
+    (Path(jobs[0]["store"]).parent / jobs[0]["cell_id"]).write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+    time.sleep(1)
     ended(jobs[0]["cell_id"], "done")
 
 

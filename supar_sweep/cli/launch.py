@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from supar_sweep.sweep.grid import GridPoint
 from supar_sweep.sweep.jobs import Launcher
 from supar_sweep.sweep.submission import Experiment, Plan, make_plan, provenance
 from supar_sweep.training.corpus import check_files, fingerprint, resolve
-from supar_sweep.training.cost import flops_per_step, most_together, relative_cost
-from supar_sweep.training.environment import memory_of_gpus_gb, memory_of_machine_gb, versions
+from supar_sweep.training.cost import flops_per_step, most_together, relative_cost, threads_for
+from supar_sweep.training.environment import memory_of_machine_gb, versions, visible_gpus
 
 LAUNCHERS = ("local",)
 
@@ -28,7 +29,7 @@ class LocalConfig:
     """conf/launcher/local.yaml."""
 
     name: str = setting("local", choices=("local",))
-    processes: int | None = setting("workers; null = cores // runtime.threads, or 1 that has the GPU", ge=1)
+    processes: int | None = setting("workers; null = cores // runtime.threads, or one a GPU", ge=1)
     grace_s: float = setting("how long cells may take to save when stopped", ge=0)
 
     def __post_init__(self) -> None:
@@ -41,14 +42,34 @@ def make_launcher(settings: Settings) -> Launcher:
     Raises:
         ConfigError: an unknown launcher, or a setting that it does not have.
     """
-    config = launcher_config(settings)
+    config, runtime = launcher_config(settings), settings.runtime()
+    gpus = visible_gpus() if trains_on_gpu(runtime.device) else {}
     made: Launcher = room("launchers.local").LocalLauncher(
-        processes=config.processes or (1 if trains_on_gpu(settings.runtime().device) else None),
-        threads=settings.runtime().threads,
+        processes=config.processes or len(gpus) or (1 if trains_on_gpu(runtime.device) else None),
+        threads=runtime.threads or 1,
+        gpus=list(gpus),
         grace_s=config.grace_s,
         log_folder=settings.runs_dir / "logs",
     )
     return made
+
+
+def with_threads(settings: Settings, cells: Collection[CellConfig]) -> Settings:
+    """Return the settings with runtime.threads as asked; else 1, or more where fewer cells than cores are to be trained.
+
+    Args:
+        settings: the settings.
+        cells: that are to be trained at once, or one after another.
+    """
+    runtime = settings.runtime()
+    if runtime.threads is not None:
+        return settings
+    threads = 1
+    if cells and not trains_on_gpu(runtime.device):
+        cores = len(os.sched_getaffinity(0))
+        processes = min(launcher_config(settings).processes or cores, len(cells))
+        threads = min(threads_for(cell, cores // processes) for cell in cells)
+    return replace(settings, plain={**settings.plain, "runtime": {**settings.plain["runtime"], "threads": threads}})
 
 
 def trains_on_gpu(device: str, driver: Path = Path("/dev/nvidiactl")) -> bool:
@@ -151,11 +172,11 @@ def price(settings: Settings, launcher: Launcher) -> Callable[[CellConfig], Pric
         launcher: whose processes share the memory.
     """
     runtime = settings.runtime()
-    gpus_gb = memory_of_gpus_gb() if trains_on_gpu(runtime.device) else []
+    gpus_gb = visible_gpus().values() if trains_on_gpu(runtime.device) else ()
     device = "cuda" if gpus_gb else "cpu"
     # of the machine a fifth is left to others; a GPU's processes share it
-    each_gb = min(gpus_gb) * len(gpus_gb) if gpus_gb else memory_of_machine_gb()
-    free_gb = 0.8 * each_gb / launcher.slots
+    all_gb = min(gpus_gb) * len(gpus_gb) if gpus_gb else memory_of_machine_gb()
+    free_gb = 0.8 * all_gb / launcher.slots
     # what the price depends on; thousands of cells share a few of these
     known: dict[Any, Price] = {}
 

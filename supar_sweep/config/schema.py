@@ -336,7 +336,7 @@ class RuntimeConfig:
     """How a cell is computed: nothing here changes its identity; a resumed run keeps its route, compute and threads."""
 
     device: str = setting("where to train", choices=("auto", "cpu", "cuda"))
-    threads: int = setting("torch threads a process", ge=1)
+    threads: int | None = setting("torch threads a process; null = 1, or more where cores would stand idle", ge=1)
     route: str = setting("fp32 matmul on CPU", choices=("auto", "torch", "onednn"))
     compute: str = setting("sparse layers: masked, or live weights only", choices=("auto", "dense", "compact"))
     compile: bool = setting("torch.compile the model")

@@ -18,6 +18,9 @@ WORTH_STACKING_FLOPS = {"cpu": 2e9, "cuda": 1e12}
 1.00x at 5e9. ASSUMPTION on a GPU, where none was at hand.
 """
 
+FLOPS_A_THREAD = 2e9
+"""A further thread is worth having for every so many FLOPs of a step."""
+
 MOST_TOGETHER = {"cpu": 8, "cuda": 32}
 """Nearly all of the gain is there with 4 to 8 on a CPU. ASSUMPTION on a GPU."""
 
@@ -146,7 +149,17 @@ def most_together(cell: CellConfig, *, device: str, free_gb: float) -> int:
     """
     if flops_per_step(cell, dense_compute=True) > WORTH_STACKING_FLOPS[device]:
         return 1
-    return max(1, min(MOST_TOGETHER[device], int(free_gb / memory_gb(cell))))
+    return max(1, int(min(MOST_TOGETHER[device], free_gb / memory_gb(cell))))
+
+
+def threads_for(cell: CellConfig, free_cores: int) -> int:
+    """Return how many threads to train one cell with where so many cores have nothing else to do, >= 1.
+
+    Args:
+        cell: the cell.
+        free_cores: cores for this cell.
+    """
+    return max(1, min(free_cores, int(flops_per_step(cell) / FLOPS_A_THREAD)))
 
 
 def memory_gb(cell: CellConfig, *, compact: bool = False) -> float:

@@ -76,20 +76,23 @@ def memory_of_machine_gb() -> float:
     return math.inf
 
 
-def memory_of_gpus_gb() -> list[float]:
-    """Return the memory of each GPU that processes started from here will see, in units of 1e9 bytes. No torch."""
+def visible_gpus() -> dict[str, float]:
+    """Return the GPUs that processes started from here may use: name for CUDA_VISIBLE_DEVICES -> memory in units of 1e9 bytes.
+
+    Asks the driver's nvidia-smi, not torch; {} where that is missing.
+    """
     query = ["nvidia-smi", "--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits"]
+    found: dict[str, float] = {}
     try:
         listing = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
         rows = [[part.strip() for part in line.split(",")] for line in listing.splitlines()]
-        found = {index: float(mib) * 2**20 / 1e9 for index, _, mib in rows}
-        found |= {uuid: float(mib) * 2**20 / 1e9 for _, uuid, mib in rows}
+        for index, uuid, mib in rows:
+            found[index] = found[uuid] = float(mib) * 2**20 / 1e9
     except (OSError, ValueError, subprocess.SubprocessError):
-        return []
+        return {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return [found[index] for index, _, _ in rows]
-    return [found[name.strip()] for name in visible.split(",") if name.strip() in found]
+    names = [index for index, _, _ in rows] if visible is None else [name.strip() for name in visible.split(",")]
+    return {name: found[name] for name in names if name in found}
 
 
 def versions() -> dict[str, str]:

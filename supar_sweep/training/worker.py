@@ -142,7 +142,7 @@ def main(arguments: list[str]) -> int:
     while not inbox.stopping.is_set() and (jobs := inbox.next_jobs()) is not None:
         if run is None:
             if arguments[1] == RUN_CELLS:
-                prepare_process(int(jobs[0]["runtime"]["threads"]))
+                prepare_process(int(jobs[0]["runtime"]["threads"] or 1))
             run = find(arguments[1])
         ends = work(
             jobs, run, inbox.stopping.is_set, lambda this, end, message: say(cell_id=this, end=end, message=message)
