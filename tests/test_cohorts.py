@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import deque
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from supar_sweep.sweep.cohorts import SHARES, Price, split, take
 from supar_sweep.sweep.complete import complete
@@ -165,3 +168,22 @@ def test_a_cell_that_cannot_begin_leaves_the_others_alone(tmp_path: Path) -> Non
     assert ends[changed["cell_id"]][0] == ends[impossible["cell_id"]][0] == "failed"
     assert "corpus has changed" in ends[changed["cell_id"]][1]
     assert "d_head" in ends[impossible["cell_id"]][1]
+
+
+@pytest.mark.parametrize("slots", [1, 2, 5, 16])
+def test_no_process_is_idle_for_longer_than_the_dearest_cell_takes(slots: int) -> None:
+    rng = random.Random(slots)
+    cells = [str(n) for n in range(150)]
+    shapes = {"small": 1.0, "middle": 4.0, "big": 9.0}
+    prices = {}
+    for this in cells:
+        shape = rng.choice(sorted(shapes))
+        prices[this] = Price(shapes[shape], shape, rng.choice([1, 8, 32]) if shape == "big" else 8)
+    todo = deque(sorted(cells, key=lambda this: -prices[this].cost))
+    free_at = [0.0] * slots
+    while todo:
+        # the process that is free first takes the next group, as `complete` hands them out
+        now = min(free_at)
+        group = take(todo, prices, slots)
+        free_at[free_at.index(now)] = now + sum(prices[this].cost for this in group)
+    assert max(free_at) - min(free_at) <= max(shapes.values())
