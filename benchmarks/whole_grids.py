@@ -120,9 +120,10 @@ def measure(setting: Setting, folder: Path, say: Callable[[str], None]) -> list[
         routed = run_reference(same_route, *((at_a_time, ONE_THREAD) if faster_is_packed else (1, {})))
         say(f"width {width}: supar-sweep run, {len(cells)} points")
         ours = run_ours(words, chosen)
-        row = compare(len(cells), len(points), sequential["wall_s"], packed["wall_s"], routed["wall_s"], ours["wall_s"])
-        losses = {"reference_train_loss": packed["train_loss"], **{key: ours[key] for key in ours if key != "wall_s"}}
-        rows.append({"device": setting.device, "width": width, **row, **losses, "route": route})
+        walls = (each["wall_s"] for each in (sequential, packed, routed, ours))
+        row = {"device": setting.device, "width": width, **compare(len(cells), len(points), *walls)}
+        facts = {"ours_cells": ours["cells"], "ours_diverged": ours["diverged"], "at_a_time": at_a_time, "route": route}
+        rows.append({**row, **same_losses(packed["val_losses"], ours["val_losses"]), **facts})
     return rows
 
 
@@ -154,8 +155,21 @@ def compare(
     }
 
 
-def run_reference(points: Sequence[Point], at_a_time: int, env: Mapping[str, str]) -> dict[str, float]:
-    """Return the wall time of a process a point, and the mean of their losses.
+def same_losses(reference: Sequence[float | None], ours: Sequence[float | None]) -> dict[str, Any]:
+    """Return the mean held-out losses over the points that both trained to the end. Their batches and starts are different draws.
+
+    Args:
+        reference, ours: the losses of the same points; None where there is none.
+    """
+    both = [(a, b) for a, b in zip(reference, ours, strict=True) if a is not None and b is not None]
+    means = (
+        {"reference_val_loss": fmean(a for a, _ in both), "ours_val_loss": fmean(b for _, b in both)} if both else {}
+    )
+    return {**means, "losses_of": len(both)}
+
+
+def run_reference(points: Sequence[Point], at_a_time: int, env: Mapping[str, str]) -> dict[str, Any]:
+    """Return the wall time of a process a point, and their held-out losses.
 
     Args:
         points: what to train.
@@ -175,12 +189,12 @@ def run_reference(points: Sequence[Point], at_a_time: int, env: Mapping[str, str
     with ThreadPoolExecutor(at_a_time) as pool:
         answers = list(pool.map(one, points))
     wall_s = time.perf_counter() - begun_s
-    losses = [answer["train_loss"] for answer in answers if math.isfinite(answer["train_loss"])]
-    return {"wall_s": wall_s, "train_loss": fmean(losses) if losses else math.nan}
+    losses = (answer["val_loss"] for answer in answers)
+    return {"wall_s": wall_s, "val_losses": [loss if math.isfinite(loss) else None for loss in losses]}
 
 
 def run_ours(words: Sequence[str], chosen: Sequence[int]) -> dict[str, Any]:
-    """Return the wall time of `supar-sweep run` in a fresh folder, what was trained, and the sample's mean loss.
+    """Return the wall time of `supar-sweep run` in a fresh folder, what was trained, and the sample's held-out losses.
 
     Args:
         words: after `supar-sweep run`.
@@ -195,11 +209,6 @@ def run_ours(words: Sequence[str], chosen: Sequence[int]) -> dict[str, Any]:
         experiment = Experiment(Path(folder), name)
         plan = experiment.plan()
         results = {this: cell.result() or {} for this, cell in folders(experiment.store, plan).items()}
-        losses = [results[plan.points[index]["cell_id"]].get("train_loss") for index in chosen]
-    known = [loss for loss in losses if loss is not None]
-    return {
-        "wall_s": wall_s,
-        "ours_train_loss": fmean(known) if known else math.nan,
-        "ours_cells": len(results),
-        "ours_diverged": sum(result.get("end") == "diverged" for result in results.values()),
-    }
+        losses = [results[plan.points[index]["cell_id"]].get("summary", {}).get("val_loss") for index in chosen]
+    ends = [result.get("end") for result in results.values()]
+    return {"wall_s": wall_s, "val_losses": losses, "cells": len(ends), "diverged": ends.count("diverged")}
