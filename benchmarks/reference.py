@@ -261,7 +261,9 @@ class Reference:
         factor = lr_factor(self.point, step)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
-        loss = self.loss(x.to(self.device), y.to(self.device))
+        if self.device.type == "cuda":
+            x, y = (part.pin_memory().to(self.device, non_blocking=True) for part in (x, y))
+        loss = self.loss(x, y)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.point.clip_norm)
         self.optimizer.step()

@@ -7,7 +7,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,13 @@ def test_the_reference_costs_what_public_code_costs() -> None:
         assert torch.equal(layer.weight, original * mask)
         assert float(mask.mean()) == pytest.approx(cell.density, abs=6 * math.sqrt(cell.density / mask.numel()))
     assert not reference.optimizer.param_groups[0]["fused"]
+
+
+def test_the_reference_in_bfloat16_is_near(corpus: Corpus) -> None:
+    point = reference_point(tiny_cell(**{**MODERATE, "train.precision": "bfloat16"}))
+    x, y = windows(corpus.train, [0, 100, 200, 300], 16)
+    low, exact = (Reference(each).step(x, y, 0).item() for each in (point, replace(point, precision="float32")))
+    assert 0 < abs(low - exact) < 0.02
 
 
 def test_the_reference_on_our_route_has_the_same_losses(corpus: Corpus) -> None:
