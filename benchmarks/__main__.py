@@ -12,6 +12,7 @@ import argparse
 import datetime
 import json
 import math
+import os
 import re
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from benchmarks.turns import Effort
 from supar_sweep.sweep.tables import render
 
 RESULTS = Path(__file__).with_name("results")
+BUSY_LOAD = 0.5
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,15 @@ def main(words: Sequence[str] | None = None) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     for part in sorted(set(asked.only)):
         begun_s = time.perf_counter()
-        measured = {"machine": machine, "measured": datetime.date.today().isoformat(), **run[part]()}
+        load = os.getloadavg()[0]
+        if load > BUSY_LOAD:
+            say(f"the load of the last minute was {load:.1f}: a busy machine measures its neighbours")
+        measured = {
+            "machine": machine,
+            "measured": datetime.date.today().isoformat(),
+            "load_before": load,
+            **run[part](),
+        }
         results["parts"][part] = {**measured, "wall_s": time.perf_counter() - begun_s}
         results["bars"] = judged(results["parts"])
         # after each part: a later one that fails loses nothing
