@@ -8,12 +8,10 @@ them the bytes that each form keeps between steps. What a run chooses by itself 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable, Mapping
 
 import torch
 
+from benchmarks.machine import interleaved_s
 from supar_sweep.sparse.compact import CompactLinear
 from supar_sweep.sparse.compute import choose_compute, training_step
 from supar_sweep.sparse.linear import MaskedLinear, attach_mask, choose_route
@@ -25,17 +23,6 @@ from supar_sweep.training.environment import device_name, prepare_process
 WIDTHS = [256, 1024, 2048]
 DENSITIES = [4, 16, 64]
 ROUNDS = 9
-
-
-def interleaved_ms(steps: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Return each step's median, the steps taken in turn so that a drifting machine hits all of them; the first is a warm-up."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds + 1):
-        for name, step in steps.items():
-            begun_s = time.perf_counter()
-            step()
-            times[name].append(1e3 * (time.perf_counter() - begun_s))
-    return {name: statistics.median(seen[1:]) for name, seen in times.items()}
 
 
 def layers(width: int, one_in: int, route: str) -> dict[str, torch.nn.Module]:
@@ -70,7 +57,7 @@ def main() -> None:
         route = choose_route("cpu", tokens, width, width).route
         for one_in in DENSITIES:
             steps = {name: training_step(layer, batch, "cpu") for name, layer in layers(width, one_in, route).items()}
-            median_ms = interleaved_ms(steps, arguments.rounds)
+            median_ms = {name: 1e3 * s for name, s in interleaved_s(steps, arguments.rounds).items()}
             n_live = width * width // one_in
             chosen = choose_compute(
                 "cpu",
@@ -96,7 +83,7 @@ def main() -> None:
                 }
             )
     title = f"{batch[0]} x {batch[1]} tokens, {threads} thread(s), torch {torch.__version__}, {device_name('cpu')}"
-    print(render(rows, title=title))  # noqa: T201
+    print(render(rows, title=title))
 
 
 if __name__ == "__main__":

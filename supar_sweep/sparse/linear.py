@@ -142,7 +142,7 @@ class MaskedLinear(nn.Module):
             x: [..., fan_in].
         """
         if self.route == "onednn" and not torch.compiler.is_compiling() and self._plain_fp32(x):
-            return cast(Tensor, _OneDnnLinear.apply(x, self.weight, self.bias))  # type: ignore[no-untyped-call]
+            return onednn_linear(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
@@ -155,6 +155,17 @@ class MaskedLinear(nn.Module):
             and x.device.type == self.weight.device.type == "cpu"
             and not torch.is_autocast_enabled("cpu")
         )
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return F.linear(x, weight, bias), computed on oneDNN's route forward and backward.
+
+    Args:
+        x: [..., fan_in], float32 on the CPU, as are the others.
+        weight: [fan_out, fan_in].
+        bias: [fan_out] or None.
+    """
+    return cast(Tensor, _OneDnnLinear.apply(x, weight, bias))  # type: ignore[no-untyped-call]
 
 
 def set_route(module: nn.Module, route: str) -> int:
