@@ -25,7 +25,7 @@ from supar_sweep.sparse.linear import MaskedLinear
 from supar_sweep.training.corpus import load_corpus
 from supar_sweep.training.cost import sparse_shapes
 from supar_sweep.training.environment import prepare_process
-from supar_sweep.training.train import Trainer
+from supar_sweep.training.trainer import Trainer
 
 FLOAT = 4
 ADAMW_PASSES = 7

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,10 +14,12 @@ from benchmarks.reference import Reference, random_batch, read_tokens, sparse_la
 from supar_sweep.config.decode import decode
 from supar_sweep.config.schema import CellConfig, RuntimeConfig
 from supar_sweep.sparse.linear import choose_route
+from supar_sweep.training.cohort import Cohort
 from supar_sweep.training.corpus import load_corpus
 from supar_sweep.training.cost import sparse_shapes
 from supar_sweep.training.environment import LAUNCH_ENV, prepare_process
-from supar_sweep.training.train import Trainer
+from supar_sweep.training.train import Run
+from supar_sweep.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,48 @@ def ours(cell: CellConfig, place: Place, *, compute: str) -> Running:
     return Running(step, state_bytes, 1, {"route": trainer.route, "compact_layers": f"{n_compact}/{len(forms)}"})
 
 
+class _Nowhere:
+    """A sink for runs that leave no record."""
+
+    def begin(self, step: int, **info: Any) -> None: ...
+
+    def log(self, **values: Any) -> None: ...
+
+    def save(self, step: int, state: Mapping[str, Any]) -> None: ...
+
+    def warn(self, message: str) -> None:
+        raise RuntimeError(message)
+
+
+def cohort(cell: CellConfig, place: Place) -> Running:
+    """Return several of the cell's runs, of other seeds and lrs, that share every forward pass."""
+    prepare_process(place.threads)
+    settings = decode(RuntimeConfig, {**place.runtime, "threads": place.threads, "device": place.device})
+    corpus = load_corpus(cell.data)
+    n_models = SMALL_COHORT if cell.model.width > MANY_UP_TO_WIDTH else COHORT
+    cells = [
+        replace(cell, seed=cell.seed + k, hparams=replace(cell.hparams, lr=cell.hparams.lr / (k + 1)))
+        for k in range(n_models)
+    ]
+    runs = [Run(each, settings, corpus, sink=_Nowhere()) for each in cells]
+    together = Cohort(runs)
+    layers = [runs[0].trainer.model.get_submodule(name) for name in sparse_shapes(cell)]
+
+    def step() -> Tensor:
+        losses = together.backward(runs)
+        for run in runs:
+            run.trainer.update()
+            run.step += 1
+        return losses[0]
+
+    def state_bytes() -> int:
+        return training_bytes(layers, runs[0].trainer.optimizer)
+
+    forms = list(runs[0].trainer.forms.of_layer.values())
+    facts = {"route": runs[0].trainer.route, "compact_layers": f"{forms.count('compact')}/{len(forms)}"}
+    return Running(step, state_bytes, n_models, facts)
+
+
 def training_bytes(layers: Iterable[nn.Module], optimizer: torch.optim.Optimizer) -> int:
     """Return the bytes of the layers' weights, gradients, masks or patterns, and moments.
 
@@ -127,6 +171,9 @@ class Variant:
     sparse_only: bool = False
 
 
+COHORT, SMALL_COHORT, MANY_UP_TO_WIDTH = 8, 2, 512
+"""Runs in a stack; fewer where one step of so many takes long."""
+
 AS_SHIPPED, SAME_ROUTE = "reference", "reference_same_route"
 
 VARIANTS: dict[str, Variant] = {
@@ -135,5 +182,6 @@ VARIANTS: dict[str, Variant] = {
     "dense": Variant(lambda cell, place: ours(cell, place, compute="dense"), LAUNCH_ENV),
     "compact": Variant(lambda cell, place: ours(cell, place, compute="compact"), LAUNCH_ENV, sparse_only=True),
     "auto": Variant(lambda cell, place: ours(cell, place, compute="auto"), LAUNCH_ENV),
+    "cohort": Variant(cohort, LAUNCH_ENV),
 }
 OURS = tuple(name for name in VARIANTS if name not in (AS_SHIPPED, SAME_ROUTE))

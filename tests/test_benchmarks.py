@@ -39,7 +39,7 @@ from supar_sweep.sparse.linear import choose_route, named_masks
 from supar_sweep.training.corpus import Corpus, load_corpus
 from supar_sweep.training.cost import compact_layer_bytes, sparse_shapes
 from supar_sweep.training.data import batch
-from supar_sweep.training.train import Trainer
+from supar_sweep.training.trainer import Trainer
 from tests.short_runs import run
 from tests.tiny import tiny_cell, tiny_runtime
 

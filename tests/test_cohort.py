@@ -150,7 +150,7 @@ def test_compact_and_dense_layers_share_a_stack(corpus: Corpus, stacks: list[int
 def test_gradients_in_a_stack_are_contiguous_and_masked(corpus: Corpus) -> None:
     runs = [Run(cell, tiny_runtime(), corpus, sink=ListSink()) for cell in cells()]
     together_ = cohort_module.Cohort(runs)
-    together_._backward(runs)
+    together_.backward(runs)
     for member in runs:
         for plan in member.trainer.plans:
             grad = plan.parameter.grad

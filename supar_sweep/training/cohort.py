@@ -104,36 +104,12 @@ class Cohort:
         ended, self._ended = self._ended, []
         return [(run, error or run.result()) for run, error in ended]
 
-    def _alone(self, run: Run) -> None:
-        try:
-            run.took(*run.trainer.step(run.corpus, run.step))
-        except Exception as error:  # this run's, whatever it is
-            self._leave(run, error)
-        else:
-            if run.outcome is not None:
-                self._leave(run)
+    def backward(self, runs: Sequence[Run]) -> list[torch.Tensor]:
+        """Leave every run's gradients of its next step in its parameters; return their losses, 0-d each.
 
-    def _stacked(self, runs: Sequence[Run]) -> bool:
-        """Step several runs in one pass; return false where that failed, so that nothing has changed but the size to try."""
-        try:
-            run_losses = self._backward(runs)
-        except Exception as error:  # whose it is will show in smaller stacks, at the latest alone
-            for run in runs:
-                run.trainer.optimizer.zero_grad(set_to_none=True)
-            self._shrink(len(runs) // 2 if is_out_of_memory(error) else 1, error)
-            return False
-        for run, loss in zip(runs, run_losses, strict=True):
-            try:
-                run.took(loss, *run.trainer.update())
-            except Exception as error:
-                self._leave(run, error)
-            else:
-                if run.outcome is not None:
-                    self._leave(run)
-        return True
-
-    def _backward(self, runs: Sequence[Run]) -> list[torch.Tensor]:
-        """Leave every run's gradients in its parameters; return their losses, 0-d each."""
+        Args:
+            runs: of this cohort.
+        """
         first = runs[0].trainer
         batches = [run.trainer.batch(run.corpus, run.step) for run in runs]
         x_KBT, y_KBT = (first.to_device(torch.stack(part)) for part in zip(*batches, strict=True))
@@ -148,6 +124,34 @@ class Cohort:
             found.append(losses_K.detach())
         total_K = found[0] if parts == 1 else torch.stack(found).sum(0)
         return list(total_K.unbind(0))
+
+    def _alone(self, run: Run) -> None:
+        try:
+            run.took(*run.trainer.step(run.corpus, run.step))
+        except Exception as error:  # this run's, whatever it is
+            self._leave(run, error)
+        else:
+            if run.outcome is not None:
+                self._leave(run)
+
+    def _stacked(self, runs: Sequence[Run]) -> bool:
+        """Step several runs in one pass; return false where that failed, so that nothing has changed but the size to try."""
+        try:
+            run_losses = self.backward(runs)
+        except Exception as error:  # whose it is will show in smaller stacks, at the latest alone
+            for run in runs:
+                run.trainer.optimizer.zero_grad(set_to_none=True)
+            self._shrink(len(runs) // 2 if is_out_of_memory(error) else 1, error)
+            return False
+        for run, loss in zip(runs, run_losses, strict=True):
+            try:
+                run.took(loss, *run.trainer.update())
+            except Exception as error:
+                self._leave(run, error)
+            else:
+                if run.outcome is not None:
+                    self._leave(run)
+        return True
 
     def _leave(self, run: Run, error: Exception | None = None) -> None:
         self.live.remove(run)
