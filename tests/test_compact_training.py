@@ -32,6 +32,7 @@ def forms(cell: Any, form: str) -> dict[str, str]:
     return dict.fromkeys(sparse_shapes(cell), form)
 
 
+@pytest.mark.usefixtures("product")
 @pytest.mark.parametrize("precision", TOLERANCE)
 @pytest.mark.parametrize(
     "overrides",
@@ -97,6 +98,7 @@ def test_a_layer_without_dead_weights_is_never_compact(corpus: Corpus) -> None:
     assert kinds == {CompactLinear, MaskedLinear}
 
 
+@pytest.mark.usefixtures("product")
 @pytest.mark.parametrize(
     "overrides", [{}, {"optimizer": SGD}, {"train.precision": "bfloat16"}], ids=["adamw", "sgd", "bf16"]
 )

@@ -55,12 +55,12 @@ class CompactLinear(nn.Module):
             which then transposes nothing.
         device, dtype: of the parameters.
 
-    Attributes:
-        kernel: whether the compiled kernel is used where it can be; True from the start. `set_kernel` sets it.
-
     Raises:
         ConfigError: n_live is out of range.
     """
+
+    kernel: bool = True
+    """Whether the compiled kernel is used where it can be; `set_kernel` sets it."""
 
     cols: Tensor
     row_starts: Tensor
@@ -83,7 +83,6 @@ class CompactLinear(nn.Module):
             raise ConfigError("n_live", "out of range", value=n_live, allowed="1 .. fan_in * fan_out, below 2^31")
         self.fan_in, self.fan_out, self.n_live = fan_in, fan_out, n_live
         self.feature_major = feature_major
-        self.kernel = True
         self.values = nn.Parameter(torch.zeros(n_live, device=device, dtype=dtype))
         self.bias: nn.Parameter | None
         if bias:

@@ -130,7 +130,7 @@ class _KernelProduct(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         library = _loaded()
         x, values, cols, row_starts, col_starts = ctx.saved_tensors
@@ -195,14 +195,17 @@ def _library() -> tuple[_Library | None, str]:
     """Return the kernel, built if need be and checked, or None; and one line on it."""
     switch = os.environ.get(SWITCH, "auto")
     if switch not in ("auto", "off"):
-        raise ConfigError(SWITCH, "unknown setting of this environment variable", value=switch, allowed=("auto", "off"))
+        raise ConfigError(
+            SWITCH, "unknown environment setting", value=switch, allowed=("auto", "off"), nearest_to=switch
+        )
     if switch == "off":
         return None, f"switched off by {SWITCH}=off"
     try:
         file, compiler = built_kernel()
         library = _bind(ctypes.CDLL(str(file)))
     except (BuildError, OSError, AttributeError) as problem:
-        return None, f"no compiled kernel: {str(problem).partition(chr(10))[0]}"
+        reason = str(problem).partition("\n")[0]
+        return None, f"no compiled kernel: {reason}"
     for dtype, allowed in MAX_ERROR.items():
         error = _error(library, dtype)
         if not error < allowed:
@@ -217,7 +220,7 @@ def _bind(found: ctypes.CDLL) -> _Library:
         AttributeError: it lacks one.
     """
     number, pointer = ctypes.c_int64, ctypes.c_void_p
-    shapes = {
+    shapes: dict[str, list[Any]] = {
         "forward": [pointer, number, pointer, number, *[number] * 4, pointer, number, *[pointer] * 3, number, pointer],
         "backward": [
             *(pointer, number, pointer, number, pointer, *[number] * 4, pointer, number),
