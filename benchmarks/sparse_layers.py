@@ -1,8 +1,9 @@
 """python benchmarks/sparse_layers.py: one sparse layer's training step, dense with a mask against its live weights alone.
 
 Prints, for each width and density, the median times of forward, both gradients and AdamW's step of a square layer in both forms,
-taken in turn in one process, and their ratio; the dense form on torch's matmul and on the route that this machine chooses. Beside
-them the bytes that each form keeps between steps. What a run chooses by itself is the last column.
+taken in turn in one process, and their ratio; the dense form on torch's matmul and on the route that this machine chooses, the
+compact one as it runs here and on torch's operators alone, in case that is the compiled kernel. Beside them the bytes that each
+form keeps between steps. What a run chooses by itself is the last column.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import argparse
 import torch
 
 from benchmarks.machine import interleaved_s
-from supar_sweep.sparse.compact import CompactLinear
+from supar_sweep.sparse.compact import CompactLinear, set_kernel
 from supar_sweep.sparse.compute import choose_compute, training_step
+from supar_sweep.sparse.kernel import choose_kernel
 from supar_sweep.sparse.linear import MaskedLinear, attach_mask, choose_route
 from supar_sweep.sparse.masks import dense_mask, live_positions
 from supar_sweep.sweep.tables import render
@@ -26,7 +28,7 @@ ROUNDS = 9
 
 
 def layers(width: int, one_in: int, route: str) -> dict[str, torch.nn.Module]:
-    """Return the same square layer in its forms: dense on torch's matmul, dense on `route`, compact."""
+    """Return the same square layer in its forms: dense on torch's matmul, dense on `route`, compact, compact without a kernel."""
     n_live = width * width // one_in
     made: dict[str, torch.nn.Module] = {}
     for name, matmul in (("dense", "torch"), ("routed", route)):
@@ -34,10 +36,13 @@ def layers(width: int, one_in: int, route: str) -> dict[str, torch.nn.Module]:
         torch.nn.init.normal_(dense.weight, std=width**-0.5)
         attach_mask(dense, "weight", dense_mask(1, (width, width), n_live))
         made[name] = dense
-    compact = CompactLinear(width, width, n_live, bias=False)
-    compact.set_pattern(live_positions(1, (width, width), n_live))
-    torch.nn.init.normal_(compact.values, std=width**-0.5)
-    return {**made, "compact": compact}
+    for name in ("compact", "compact_torch"):
+        compact = CompactLinear(width, width, n_live, bias=False)
+        compact.set_pattern(live_positions(1, (width, width), n_live))
+        torch.nn.init.normal_(compact.values, std=width**-0.5)
+        made[name] = compact
+    set_kernel(made["compact_torch"], False)
+    return made
 
 
 def main() -> None:
@@ -75,6 +80,7 @@ def main() -> None:
                     "dense_ms": round(median_ms["dense"], 2),
                     f"{route}_ms": round(median_ms["routed"], 2),
                     "compact_ms": round(median_ms["compact"], 2),
+                    "compact_torch_ms": round(median_ms["compact_torch"], 2),
                     "ratio": round(median_ms["dense"] / median_ms["compact"], 2),
                     "ratio_same_route": round(median_ms["routed"] / median_ms["compact"], 2),
                     # weight, gradient, two moments, a byte of mask
@@ -83,6 +89,8 @@ def main() -> None:
                 }
             )
     title = f"{batch[0]} x {batch[1]} tokens, {threads} thread(s), torch {torch.__version__}, {device_name('cpu')}"
+    kernel = choose_kernel("cpu")
+    title += f"; compact: {'kernel' if kernel.used else 'torch'} ({kernel.reason})"
     print(render(rows, title=title))
 
 

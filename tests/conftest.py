@@ -61,11 +61,17 @@ def _no_root() -> str | None:
     return None if os.geteuid() == 0 else f"not root: effective user id {os.geteuid()}"
 
 
+def _no_compiler() -> str | None:
+    names = ("c++", "g++", "clang++")
+    return None if any(map(shutil.which, names)) else f"no C++ compiler: none of {', '.join(names)}"
+
+
 REQUIREMENTS = {
     "slurm": Requirement("a SLURM that answers sinfo", _no_slurm),
     "browser": Requirement("a Chromium or Chrome on PATH", _no_browser),
     "gpu": Requirement("a CUDA device that torch sees", _no_gpu),
     "root": Requirement("the superuser", _no_root),
+    "compiler": Requirement("a C++ compiler on PATH", _no_compiler),
 }
 
 
@@ -98,6 +104,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_xdist_auto_num_workers() -> int:
     """At most eight: tests start worker processes of their own, each with a torch."""
     return min(8, len(os.sched_getaffinity(0)))
+
+
+@pytest.fixture(params=["torch", pytest.param("kernel", marks=pytest.mark.compiler)])
+def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What computes the compact layers: torch's operators, then the compiled kernel."""
+    from supar_sweep.sparse import kernel
+
+    if request.param == "kernel":
+        choice = kernel.choose_kernel("cpu")
+        assert choice.used, choice.reason
+    else:
+        monkeypatch.setattr(kernel, "_library", lambda: (None, "switched off by a test"))
+    return str(request.param)
 
 
 @pytest.fixture

@@ -27,7 +27,16 @@ from supar_sweep.training.run_cell import run_cell
 from tests.tiny import end_of, folder_of, result_of, tiny_job
 
 EVERY_2 = {"checkpoint_every_steps": 2}
-RESUMED_ONLY = {"attempt", "pid", "started_s", "resumed_from_step", "route_reason", "compute_reason", "warnings"}
+RESUMED_ONLY = {
+    "attempt",
+    "pid",
+    "started_s",
+    "resumed_from_step",
+    "route_reason",
+    "compute_reason",
+    "kernel_reason",
+    "warnings",
+}
 TIMES = {"wall_s", "train_s"}
 
 

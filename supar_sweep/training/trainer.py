@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from supar_sweep.config.schema import CellConfig, RuntimeConfig
 from supar_sweep.errors import CheckpointError, ConfigError
 from supar_sweep.rules.parameterization import SPARSE_ROLES
-from supar_sweep.sparse.compact import named_live
+from supar_sweep.sparse.compact import named_live, set_kernel
 from supar_sweep.sparse.convert import to_form_of
+from supar_sweep.sparse.kernel import choose_kernel
 from supar_sweep.sparse.linear import choose_route, set_route
 from supar_sweep.sparse.masks import mask_hash
 from supar_sweep.training.corpus import Corpus
 from supar_sweep.training.cost import flops_per_token
 from supar_sweep.training.data import batch, val_batches
-from supar_sweep.training.forms import choose_forms
+from supar_sweep.training.forms import DTYPES, choose_forms
 from supar_sweep.training.model import build
 from supar_sweep.training.optim import make_optimizer, make_scheduler
 from supar_sweep.training.roles import parameter_rows
@@ -55,11 +56,13 @@ class Trainer:
         # nothing of ours draws from it, but a module of the user's may
         torch.manual_seed(cell.seed)
         self.route, route_reason = self._choose_route(runtime, resume)
+        self.kernel, kernel_reason = self._choose_kernel(resume)
         self.forms = choose_forms(cell, runtime, device, self.route, resume)
         self.model, self.plans = build(cell, self.forms.compact)
         self.model.to(device)
         self.mask_hash = mask_hash(named_live(self.model))
         set_route(self.model, self.route)
+        set_kernel(self.model, self.kernel)
         self.optimizer = make_optimizer(cell, self.plans, device)
         self.scheduler = make_scheduler(self.optimizer, cell.schedule, cell.train.steps)
         self.parameters = [plan.parameter for plan in self.plans]
@@ -74,6 +77,8 @@ class Trainer:
             "route_reason": route_reason,
             "compute": dict(self.forms.of_layer),
             "compute_reason": self.forms.reason,
+            "kernel": self.kernel and bool(self.forms.compact),
+            "kernel_reason": kernel_reason,
             "compiled": self.forward is not self.model,
         }
 
@@ -96,6 +101,19 @@ class Trainer:
         tokens = self.cell.train.batch_seqs // self.cell.train.accumulation_steps
         choice = choose_route(self.device, tokens * model.context_tokens, model.width, model.d_ffn)
         return choice.route, choice.reason
+
+    def _choose_kernel(self, resume: Mapping[str, Any] | None) -> tuple[bool, str]:
+        """Return whether compact layers run the compiled kernel, and why."""
+        choice = choose_kernel(self.device, DTYPES[self.cell.train.precision])
+        if not resume or bool(resume.get("kernel")) == choice.used:
+            return choice.used, choice.reason
+        if choice.used:
+            return False, "the checkpoint's"
+        if "compact" in resume["compute"].values():
+            self.warnings.append(
+                f"goes on without the compiled kernel it began with, equal to rounding only ({choice.reason})"
+            )
+        return False, choice.reason
 
     def _torch_only(self, runtime: RuntimeConfig) -> str:
         """Return why the linear layers run torch's matmul whatever the route; "" if they do not."""
@@ -217,6 +235,7 @@ class Trainer:
             "rng": torch.get_rng_state(),
             "route": self.route,
             "compute": dict(self.forms.of_layer),
+            "kernel": self.kernel,
             "threads": self.threads,
         }
         if self.device.type == "cuda":
