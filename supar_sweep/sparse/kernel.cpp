@@ -398,10 +398,7 @@ void forward_of(const void* x, int64_t x_by_feature, void* y, int64_t y_by_featu
         forward(in, out, typed_cols, row_starts, static_cast<const S*>(values), static_cast<const S*>(bias), bounded(threads),
                 static_cast<S*>(scratch));
     };
-    if (cols_bytes == 2)
-        run(static_cast<const int16_t*>(cols));
-    else
-        run(static_cast<const int32_t*>(cols));
+    cols_bytes == 2 ? run(static_cast<const int16_t*>(cols)) : run(static_cast<const int32_t*>(cols));
 }
 
 template <class S>
@@ -418,10 +415,7 @@ void backward_of(const void* grad, int64_t grad_by_feature, const void* x, int64
                  static_cast<S*>(grad_bias), bounded(threads), static_cast<S*>(grads), static_cast<S*>(sums_t),
                  static_cast<S*>(values_t), rows_t, places);
     };
-    if (cols_bytes == 2)
-        run(static_cast<const int16_t*>(cols));
-    else
-        run(static_cast<const int32_t*>(cols));
+    cols_bytes == 2 ? run(static_cast<const int16_t*>(cols)) : run(static_cast<const int32_t*>(cols));
 }
 
 }  // namespace
