@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from supar_sweep.errors import ConfigError
-from supar_sweep.rules.parameterization import PARAMETERIZATIONS
 
 from .fit import LineFit, Observed, Optimum, Regret, fit_panel
-from .frames import AXES, DIVERGED, DONE, METRICS, MISSING, where
+from .frames import (
+    DIVERGED,
+    DONE,
+    MISSING,
+    axes_of,
+    check_axes,
+    check_metric,
+    having,
+    one_run_a_seed,
+    panels_of,
+    parts,
+    rounded,
+    single_values,
+    text,
+    values_of,
+    where,
+)
 
 
 @dataclass(frozen=True)
@@ -46,14 +61,20 @@ class Point:
         """Whether the optimum may lie here."""
         return self.n_diverged == 0 and bool(self.losses)
 
+    @property
+    def observed(self) -> Observed:
+        """The point as the fit takes it."""
+        return Observed(self.log2_x, dict(zip(self.seeds, self.losses, strict=True)), self.n_diverged)
+
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a panel: a value of the hue axis."""
+    """One line of a panel: a value of the hue axis. `tied`: the axes that go with it (iso-parameter: its width)."""
 
-    hue: float
+    hue: float | str
     points: tuple[Point, ...]
     fit: LineFit
+    tied: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def optimum(self) -> Optimum:
@@ -72,7 +93,7 @@ class Panel:
 
     col: str
     lines: tuple[Line, ...]
-    reference_hue: float | None
+    reference_hue: float | str | None
 
     @property
     def reference(self) -> Line | None:
@@ -100,7 +121,7 @@ class BasinSet:
 
     x: str
     hue: str
-    col: str
+    col: str | None
     metric: str
     panels: tuple[Panel, ...]
     fixed: Mapping[str, Any]
@@ -111,85 +132,95 @@ def lr_basins(
     table: pd.DataFrame,
     x: str = "lr",
     hue: str = "density",
-    col: str = "parameterization",
+    col: str | None = "parameterization",
     metric: str = "train_loss",
     reference: float | None = None,
     fixed: Mapping[str, Any] | None = None,
 ) -> BasinSet:
-    """Return the basins of a table made by frames.frame.
+    """Return the basins of a table made by frames.frame: over lr, or over any other axis that was swept (init_std).
 
     Args:
         table: one row per grid point, parameterization and seed.
         x: axis that was swept, positive; shown and fitted in log2.
-        hue: axis of the lines, numeric. col: axis of the panels.
+        hue: axis of the lines. col: axis of the panels; None = one panel.
         metric: "train_loss" or "val_loss".
         reference: hue whose optimum is transferred; default: density 1, else the smallest value.
-            Where no line has it, nothing is transferred.
+            Where no line has it, nothing is transferred; nor where the lines are named, not numbered.
         fixed: values of other axes to keep, where the table has several.
 
     Raises:
         ConfigError: an unknown axis or metric, or an axis that varies along a line.
     """
-    names = {"x": x, "hue": hue, "col": col}
-    for key, name in names.items():
-        if name not in table.columns or name not in AXES:
-            raise ConfigError(f"plot.{key}", "no such axis", value=name, allowed=AXES, nearest_to=name)
-    if len(set(names.values())) < len(names):
-        raise ConfigError("plot", f"x, hue and col must differ, got {x}, {hue}, {col}")
-    if metric not in METRICS:
-        raise ConfigError("plot.metric", "no such metric", value=metric, allowed=METRICS)
+    check_axes(table, x=x, hue=hue, col=col)
+    check_metric(metric)
     kept = where(table, fixed or {})
+    if not (pd.to_numeric(kept[x], errors="coerce") > 0).all():
+        raise ConfigError("x", "is fitted in log2, so it must be positive numbers", value=x)
+    common = single_values(kept, but=(x, hue, col))
     panels = []
-    for value in _panel_values(kept, col):
-        rows = kept[kept[col] == value]
-        hues = sorted({_rounded(each) for each in rows[hue]}, reverse=True)
-        usual = 1.0 if hue == "density" else min(hues)
-        wanted = usual if reference is None else _rounded(reference)
-        points = [_points(rows[rows[hue].map(_rounded) == each], x, hue, col, metric) for each in hues]
-        fits = fit_panel([_observed(line) for line in points])
-        lines = tuple(Line(each, line, fit) for each, line, fit in zip(hues, points, fits, strict=True))
-        panels.append(Panel(str(value), lines, wanted if wanted in hues else None))
-    others = [axis for axis in AXES if axis not in names.values()]
-    single = {axis: kept[axis].iloc[0] for axis in others if kept[axis].nunique() == 1}
+    for name, rows in panels_of(kept, col):
+        hues = values_of(rows, hue)[::-1] if _numbered(rows, hue) else values_of(rows, hue)
+        usual = 1.0 if hue == "density" else min(hues) if _numbered(rows, hue) else None
+        wanted = usual if reference is None else rounded(reference)
+        of_line = [having(rows, hue, each) for each in hues]
+        points = [_points(line, x, hue, col, metric) for line in of_line]
+        tied = [
+            {axis: v for axis, v in single_values(line, but=(x, hue, col)).items() if axis not in common}
+            for line in of_line
+        ]
+        fits = fit_panel([[point.observed for point in line] for line in points])
+        lines = tuple(map(Line, hues, points, fits, tied))
+        panels.append(Panel(name, lines, wanted if wanted in hues else None))
     return BasinSet(
         x=x,
         hue=hue,
         col=col,
         metric=metric,
         panels=tuple(panels),
-        fixed={axis: getattr(value, "item", lambda v=value: v)() for axis, value in single.items()},
+        fixed=common,
         n_missing=sum(p.n_missing for panel in panels for line in panel.lines for p in line.points),
     )
 
 
-def _rounded(value: float) -> float:
-    return float(f"{float(value):.9g}")
+def basin_sets(
+    table: pd.DataFrame,
+    metric: str = "train_loss",
+    x: str = "lr",
+    hue: str = "density",
+    col: str | None = "parameterization",
+    fixed: Mapping[str, Any] | None = None,
+    reference: float | None = None,
+) -> list[BasinSet]:
+    """Return the basins of every part of a table that is a figure of its own (each width, say), ascending.
+
+    Args:
+        table, metric, x, hue, col, fixed, reference: as for `lr_basins`.
+    """
+    check_axes(table, x=x, hue=hue, col=col)
+    kept = where(table, fixed or {})
+    return [
+        lr_basins(table, x, hue, col, metric, reference, {**(fixed or {}), **part})
+        for part in parts(kept, (hue, col), (x,))
+    ]
 
 
-def _panel_values(table: pd.DataFrame, col: str) -> list[Any]:
-    found = list(dict.fromkeys(table[col].tolist()))
-    if col == "parameterization":
-        rank = {name: index for index, name in enumerate(PARAMETERIZATIONS)}
-        return sorted(found, key=lambda name: (rank.get(name, len(rank)), str(name)))
-    return sorted(found)
+def _numbered(rows: pd.DataFrame, axis: str) -> bool:
+    return all(isinstance(value, float) for value in values_of(rows, axis))
 
 
-def _points(rows: pd.DataFrame, x: str, hue: str, col: str, metric: str) -> tuple[Point, ...]:
-    for axis in AXES:
-        if axis not in (x, hue, col) and rows[axis].nunique() > 1:
-            values = sorted(set(rows[axis].tolist()))
+def _points(rows: pd.DataFrame, x: str, hue: str, col: str | None, metric: str) -> tuple[Point, ...]:
+    for axis in axes_of(rows):
+        if axis not in (x, hue, col) and rows[axis].map(rounded).nunique(dropna=False) > 1:
+            line = " ".join(f"{name}={text(rounded(rows[name].iloc[0]))}" for name in (col, hue) if name is not None)
             raise ConfigError(
                 f"where.{axis}",
-                f"the line {col}={rows[col].iloc[0]} {hue}={rows[hue].iloc[0]:g} mixes several",
-                value=values,
+                f"the line {line} mixes several",
+                value=values_of(rows, axis),
                 allowed="one of them, or make it x, hue or col",
             )
     points = []
     for log2_x, group in rows.groupby(np.log2(rows[x]).round(6), sort=True):
-        runs = group.drop_duplicates(["cell_id", "seed"]) if "cell_id" in group else group
-        if runs["seed"].duplicated().any():
-            twice = sorted(set(runs.loc[runs["seed"].duplicated(), "seed"].tolist()))
-            raise ConfigError("seed", f"two different cells of one seed at {x}={2.0**log2_x:g}", value=twice)
+        runs = one_run_a_seed(group, f"{x}={2.0**log2_x:g}")
         known = runs[metric].notna() & np.isfinite(runs[metric])
         good = runs[(runs["kind"] == DONE) & known].sort_values("seed")
         points.append(
@@ -204,12 +235,6 @@ def _points(rows: pd.DataFrame, x: str, hue: str, col: str, metric: str) -> tupl
     return tuple(points)
 
 
-def _observed(points: tuple[Point, ...]) -> list[Observed]:
-    return [
-        Observed(point.log2_x, dict(zip(point.seeds, point.losses, strict=True)), point.n_diverged) for point in points
-    ]
-
-
 def data_rows(basins: BasinSet) -> list[dict[str, Any]]:
     """Return the figure's data, a row per point (the CSV beside the figure)."""
     rows = []
@@ -220,8 +245,9 @@ def data_rows(basins: BasinSet) -> list[dict[str, Any]]:
                 rows.append(
                     {
                         **basins.fixed,
-                        basins.col: panel.col,
+                        **({} if basins.col is None else {basins.col: panel.col}),
                         basins.hue: line.hue,
+                        **line.tied,
                         basins.x: 2.0**point.log2_x,
                         f"log2_{basins.x}": point.log2_x,
                         f"mean_{basins.metric}": point.mean,

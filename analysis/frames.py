@@ -1,24 +1,28 @@
-"""Rows of records -> one checked pandas table."""
+"""Rows of records -> one checked pandas table; its axes by name; its parts, one for each figure."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from supar_sweep.errors import ConfigError
+from supar_sweep.rules.parameterization import PARAMETERIZATIONS
 
 AXES = ("parameterization", "width", "density", "n_layer", "lr", "init_std")
-"""What a grid may vary, besides the seed."""
+"""What every row has a value of, besides the seed. A grid's further axes are columns of their own."""
 
 METRICS = ("train_loss", "val_loss")
 
 REQUIRED = (*AXES, "seed", "end", *METRICS)
 
 DONE, DIVERGED, MISSING = "done", "diverged", "missing"
+
+NO_AXES = frozenset({*METRICS, "seed", "cell_id", "end", "kind", "last_finite_loss", "live_parameters", "curve"})
+"""Columns that are results or names."""
 
 
 def frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
@@ -71,3 +75,129 @@ def where(table: pd.DataFrame, fixed: Mapping[str, Any]) -> pd.DataFrame:
             raise ConfigError(f"where.{name}", "no row has it", value=value, allowed=sorted(map(str, set(column))))
         kept = kept[mask[table.index.get_indexer(kept.index)]]
     return kept
+
+
+def axes_of(table: pd.DataFrame) -> tuple[str, ...]:
+    """Return the axes of a table by name: AXES, then whatever else its grid varied."""
+    return (*AXES, *sorted(str(name) for name in table.columns if name not in NO_AXES and name not in AXES))
+
+
+def check_axes(table: pd.DataFrame, **names: str | None) -> None:
+    """Check that the axes of a figure exist and differ.
+
+    Args:
+        table: made by `frame`.
+        names: what the axis is for (x, hue, col) -> its name; None = not used.
+
+    Raises:
+        ConfigError: an axis that is none (the valid ones are listed), or one named twice.
+    """
+    allowed = axes_of(table)
+    for key, name in names.items():
+        if name is not None and name not in allowed:
+            raise ConfigError(key, "no such axis", value=name, allowed=allowed, nearest_to=str(name))
+    used = [name for name in names.values() if name is not None]
+    if len(set(used)) < len(used):
+        shown = ", ".join(f"{key}={name}" for key, name in names.items())
+        raise ConfigError("x", f"all axes of a figure must differ, got {shown}", allowed=allowed)
+
+
+def check_metric(metric: str) -> None:
+    """Raise ConfigError where `metric` is no loss of a record."""
+    if metric not in METRICS:
+        raise ConfigError("metric", "no such metric", value=metric, allowed=METRICS, nearest_to=metric)
+
+
+def rounded(value: Any) -> Any:
+    """Return a number with nine digits, so that values computed in two ways are one; anything else as it is."""
+    if isinstance(value, bool | str) or value is None:
+        return value
+    return float(f"{float(value):.9g}")
+
+
+def values_of(table: pd.DataFrame, axis: str) -> list[Any]:
+    """Return an axis' distinct values in order: parameterizations as in the rule table, numbers and text rising."""
+    found = list(dict.fromkeys(rounded(value) for value in table[axis].tolist()))
+    if axis == "parameterization":
+        rank = {name: index for index, name in enumerate(PARAMETERIZATIONS)}
+        return sorted(found, key=lambda name: (rank.get(name, len(rank)), str(name)))
+    return sorted(
+        found, key=lambda value: (not isinstance(value, float), value if isinstance(value, float) else str(value))
+    )
+
+
+def having(table: pd.DataFrame, axis: str | None, value: Any) -> pd.DataFrame:
+    """Return the rows whose axis has the (rounded) value; all of them where the axis is None."""
+    return table if axis is None else table[table[axis].map(rounded) == value]
+
+
+def panels_of(table: pd.DataFrame, col: str | None) -> list[tuple[str, pd.DataFrame]]:
+    """Return the panels of a figure: the col axis' value as text, and its rows; one panel named "" where col is None.
+
+    In the axis' order, densities from dense to sparse.
+    """
+    if col is None:
+        return [("", table)]
+    ordered = values_of(table, col)
+    return [(text(value), having(table, col, value)) for value in (ordered[::-1] if col == "density" else ordered)]
+
+
+def text(value: Any) -> str:
+    """Return a value of an axis as plain text: 0.25, 256, sp."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def parts(table: pd.DataFrame, within: Sequence[str | None], swept: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Return what tells the figures of a table apart: one {axis: value, ...} for each, [{}] for one figure.
+
+    An axis tells figures apart where it has several values among rows that agree in all of `within`. One that goes with
+    another (width with density, in an iso-parameter grid) does not.
+
+    Args:
+        table: made by `frame`.
+        within: the figure's axes, without the one it sweeps; None = not used.
+        swept: further axes that a figure may hold all values of.
+    """
+    names = [name for name in within if name is not None]
+    key = [table[name].map(rounded) for name in names]
+    apart = []
+    for axis in axes_of(table):
+        if axis in names or axis in swept or axis not in table.columns:
+            continue
+        column = table[axis].map(rounded)
+        if (column.groupby(key).nunique(dropna=False).max() if key else column.nunique(dropna=False)) > 1:
+            apart.append(axis)
+    if not apart:
+        return [{}]
+    found = table[apart].drop_duplicates().sort_values(apart)
+    return [dict(zip(apart, (_plain(v) for v in row), strict=True)) for row in found.itertuples(index=False)]
+
+
+def single_values(rows: pd.DataFrame, but: Sequence[str | None]) -> dict[str, Any]:
+    """Return the axes that have one value in these rows, those in `but` left out: name -> value."""
+    return {
+        axis: _plain(rows[axis].iloc[0])
+        for axis in axes_of(rows)
+        if axis not in but and len(rows) and rows[axis].map(rounded).nunique(dropna=False) == 1
+    }
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def one_run_a_seed(rows: pd.DataFrame, where: str) -> pd.DataFrame:
+    """Return the rows of one point with each cell once.
+
+    Args:
+        rows: of one point of a figure.
+        where: the point, for the error.
+
+    Raises:
+        ConfigError: two different cells of one seed.
+    """
+    runs = rows.drop_duplicates(["cell_id", "seed"]) if "cell_id" in rows else rows
+    if runs["seed"].duplicated().any():
+        twice = sorted(set(runs.loc[runs["seed"].duplicated(), "seed"].tolist()))
+        raise ConfigError("seed", f"two different cells of one seed at {where}", value=twice)
+    return runs

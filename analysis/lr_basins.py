@@ -1,18 +1,15 @@
-"""BasinSet -> Figure: loss against log2 of the swept axis, a panel per parameterization."""
+"""BasinSet -> Figure: loss against log2 of the swept axis (lr, init_std, any other), a panel per parameterization."""
 
 from __future__ import annotations
 
-import csv
-import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.transforms import ScaledTranslation
-
-from supar_sweep.sweep.files import write_file
 
 from . import style
 from .basins import BasinSet, Line, Panel, data_rows
@@ -33,50 +30,32 @@ def draw(basins: BasinSet) -> Figure:
     """Return the figure: panels side by side that share both axes, one legend below."""
     with style.look():
         n = len(basins.panels)
-        drawn = style.figure(max(style.COLUMN_IN * 0.9 * n, style.COLUMN_IN * 1.3), _PANEL_HEIGHT_IN + 1.0)
-        grid = drawn.subplots(1, n, sharex=True, sharey=True, squeeze=False)[0]
+        drawn, grid = style.panels(n, style.COLUMN_IN * (0.9 if n > 1 else 1.3), _PANEL_HEIGHT_IN, legend_in=1.0)
         low, high = loss_limits(basins)
-        hues = sorted({line.hue for panel in basins.panels for line in panel.lines}, reverse=True)
+        hues = list(dict.fromkeys(line.hue for panel in basins.panels for line in panel.lines))
+        if all(isinstance(hue, float) for hue in hues):
+            hues.sort(key=float, reverse=True)
         reference = {panel.reference_hue for panel in basins.panels}
-        # The reference is the darkest: for an axis whose reference is its smallest value, turn
-        # round.
-        ordered = hues[::-1] if reference == {hues[-1]} and len(hues) > 1 else hues
-        colors = dict(zip(ordered, style.ordered_colors(len(ordered)), strict=True))
+        darkest = next(iter(reference)) if len(reference) == 1 else None
+        looks = style.looks(basins.hue, hues, darkest)
         xs = [p.log2_x for panel in basins.panels for line in panel.lines for p in line.points]
         for axes, panel in zip(grid, basins.panels, strict=True):
-            _panel(axes, panel, colors, high)
-            axes.set_title(
-                style.title(panel.col)
-                if basins.col == "parameterization"
-                else f"{style.AXIS_NAMES[basins.col]} {style.number(float(panel.col))}"
-            )
-            axes.set_xlabel(f"{style.AXIS_NAMES[basins.x]} (log$_2$ scale)")
+            _panel(axes, panel, looks, high)
+            axes.set_title(style.panel_title(basins.col, panel.col))
+            axes.set_xlabel(f"{style.axis_name(basins.x)} (log$_2$ scale)")
             axes.set_ylim(low, high)
             axes.set_xlim(min(xs) - 0.45, max(xs) + 0.45)
             style.log2_ticks(axes, max(xs) - min(xs))
         grid[0].set_ylabel(f"{style.METRIC_NAMES[basins.metric]} (nats)")
-        drawn.suptitle(_title(basins), fontsize=9.5, color=style.MUTED)
-        handles, labels = _legend(basins, ordered, colors)
-        drawn.legend(
-            handles,
-            labels,
-            loc="outside lower center",
-            ncols=min(len(handles), 4 if n > 1 else 2),
-            columnspacing=1.6,
-            handlelength=1.9,
-        )
+        style.heading(drawn, _title(basins))
+        handles, labels = _legend(basins, hues, looks)
+        style.legend(drawn, handles, labels)
     return drawn
 
 
 def save(drawn: Figure, basins: BasinSet, stem: Path) -> list[Path]:
     """Write `stem`.png and .pdf, and the data as `stem`.csv; return the three paths."""
-    written = style.save(drawn, stem)
-    rows = data_rows(basins)
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [])
-    writer.writeheader()
-    writer.writerows(rows)
-    return [*written, write_file(stem.with_name(f"{stem.name}.csv"), text.getvalue())]
+    return style.save_with_data(drawn, data_rows(basins), stem)
 
 
 def loss_limits(basins: BasinSet) -> tuple[float, float]:
@@ -97,18 +76,19 @@ def loss_limits(basins: BasinSet) -> tuple[float, float]:
     return lowest - _FLOOR * span, top + _HEADROOM * span
 
 
-def _panel(axes: Axes, panel: Panel, colors: dict[float, str], top: float) -> None:
+def _panel(axes: Axes, panel: Panel, looks: dict[Any, style.Look], top: float) -> None:
     transferred = panel.transferred
     if transferred is not None and transferred.x is not None:
         axes.axvline(transferred.x, color=style.INK, linewidth=1.1, dashes=(4, 3), zorder=1.5)
     for rank, line in enumerate(panel.lines):
-        _line(axes, line, colors[line.hue], top, rank)
-    _edge(axes, panel, colors, top)
+        _line(axes, line, looks[line.hue], top, rank)
+    _edge(axes, panel, looks, top)
     for line in panel.lines:
-        _optimum(axes, line, colors[line.hue], top)
+        _optimum(axes, line, looks[line.hue].color, top)
 
 
-def _line(axes: Axes, line: Line, color: str, top: float, rank: int) -> None:
+def _line(axes: Axes, line: Line, look: style.Look, top: float, rank: int) -> None:
+    color = look.color
     x = np.array([point.log2_x for point in line.points])
     # A NaN breaks the line where some seed diverged: a mean over the survivors is not the mean.
     shown = [point.mean if point.eligible else np.nan for point in line.points]
@@ -124,20 +104,20 @@ def _line(axes: Axes, line: Line, color: str, top: float, rank: int) -> None:
         linewidth=0,
         zorder=order - 0.3,
     )
-    axes.plot(x, mean_loss, color=color, zorder=order)
+    axes.plot(x, mean_loss, color=color, linestyle=(0, look.dashes) if look.dashes else "-", zorder=order)
     inside = mean_loss <= top
     axes.plot(x[inside], mean_loss[inside], ".", color=color, markersize=4.5, zorder=order)
 
 
-def _edge(axes: Axes, panel: Panel, colors: dict[float, str], top: float) -> None:
+def _edge(axes: Axes, panel: Panel, looks: dict[Any, style.Look], top: float) -> None:
     """Mark at the top edge what the panel cannot show: runs that diverged, and losses above the axis."""
     marks: dict[float, list[tuple[str, str]]] = {}
     for line in panel.lines:
         for point in line.points:
             if point.n_diverged:
-                marks.setdefault(point.log2_x, []).append(("x", colors[line.hue]))
+                marks.setdefault(point.log2_x, []).append(("x", looks[line.hue].color))
             elif point.mean is not None and point.mean > top:
-                marks.setdefault(point.log2_x, []).append(("^", colors[line.hue]))
+                marks.setdefault(point.log2_x, []).append(("^", looks[line.hue].color))
     for x, at_x in marks.items():
         for rank, (marker, color) in enumerate(at_x):
             # side by side: below one another they would read as losses
@@ -207,11 +187,7 @@ def _arrow(axes: Axes, x: float, y: float, side: Side | None, color: str) -> Non
 
 
 def _title(basins: BasinSet) -> str:
-    shown = [
-        f"{style.AXIS_NAMES[axis].lower()} {basins.fixed[axis]:g}"
-        for axis in ("width", "n_layer", "density", "lr")
-        if axis in basins.fixed
-    ]
+    shown = [text] if (text := style.fixed_text(basins.fixed)) else []
     n_seeds = {line.n_seeds for panel in basins.panels for line in panel.lines}
     if n_seeds:
         few, many = min(n_seeds), max(n_seeds)
@@ -222,14 +198,22 @@ def _title(basins: BasinSet) -> str:
     return ", ".join(shown)
 
 
-def _legend(basins: BasinSet, hues: list[float], colors: dict[float, str]) -> tuple[list[Line2D], list[str]]:
+def _tied(basins: BasinSet, hue: Any) -> list[str]:
+    """Return what goes with the hue in every panel, as text: the width of an iso-parameter line."""
+    found = [line.tied for panel in basins.panels for line in panel.lines if line.hue == hue]
+    common = {axis: v for axis, v in found[0].items() if all(each.get(axis) == v for each in found)}
+    return [style.value_text(axis, common[axis]) for axis in ("width", "density", "n_layer") if axis in common]
+
+
+def _legend(basins: BasinSet, hues: list[Any], looks: dict[Any, style.Look]) -> tuple[list[Line2D], list[str]]:
     """Return handles and labels: a line per hue, then only the marks that the figure has."""
     lines = [line for panel in basins.panels for line in panel.lines]
     handles: list[Line2D] = []
     labels: list[str] = []
     for hue in hues:
-        handles.append(Line2D([], [], color=colors[hue]))
-        labels.append(f"{style.AXIS_NAMES[basins.hue].lower()} {style.number(hue)}")
+        dashes = looks[hue].dashes
+        handles.append(Line2D([], [], color=looks[hue].color, linestyle=(0, dashes) if dashes else "-"))
+        labels.append(", ".join([style.value_text(basins.hue, hue), *_tied(basins, hue)]))
     grey = style.MUTED
 
     def mark(label: str, **look: object) -> None:

@@ -20,7 +20,7 @@ Source: Wahba, J. R. Stat. Soc. B 40 (1978) 364 (the prior); Patterson and Thomp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -145,6 +145,10 @@ class Curve:
     t: float | None
     """Student quantile of the 95 % interval, for the pooled degrees of freedom."""
     parts: tuple[_Part, ...]
+    rho: float
+    """Posterior mean of the errors' correlation an octave apart."""
+    residuals: Mapping[tuple[float, int], float]
+    """(x, seed) -> what is left of a run's loss without its x' mean and its seed's offset."""
 
     def loss(self, at: Array) -> Array:
         """Return the posterior mean of the loss at `at` (log2), in the loss's units."""
@@ -175,6 +179,18 @@ class Curve:
             + _kernel(there_, there_, self.order)
             - 2 * _kernel(here_, there_, self.order),
         )
+
+    def weights(self, at: float) -> Array:
+        """Return [n_x]: what each mean counts in the slope at `at`, slope = weights @ means."""
+        design = _powers(self.x - self._centre, self.order)
+        basis = _slopes(np.array([at - self._centre]), self.order)[0]
+        cross = _kernel_slope(self._shift(np.array(at)), self._knots, self.order)
+        total = np.zeros(len(self.x))
+        for part in self.parts:
+            to_beta = part.spread @ design.T @ part.inverse
+            rest = np.eye(len(self.x)) - design @ to_beta
+            total += part.weight * (basis @ to_beta + part.intensity * cross @ part.inverse @ rest)
+        return total
 
     @property
     def _centre(self) -> float:
@@ -227,15 +243,23 @@ def pool(lines: Sequence[Samples]) -> list[Curve]:
         t = float(stdtrit(df, 0.5 + CONFIDENCE / 2)) if df >= _LEAST_DF else None
     else:
         t = float(stdtrit(df, 0.5 + CONFIDENCE / 2))
-    parts, noise = _weigh(scaled, hypotheses)
+    parts, noise, rho = _weigh(scaled, hypotheses)
     return [
-        Curve(line.x, line.order, level, scale, scale * noise[index], t, parts[index])
+        Curve(line.x, line.order, level, scale, scale * noise[index], t, parts[index], rho[index], _residuals(line))
         for index, (line, level) in enumerate(zip(lines, levels, strict=True))
     ]
 
 
+def _residuals(samples: Samples) -> dict[tuple[float, int], float]:
+    design = samples.design()
+    left = samples.loss - design @ np.linalg.lstsq(design, samples.loss, rcond=None)[0]
+    keys = zip(samples.x[samples.at].tolist(), samples.seed.tolist(), strict=True)
+    return dict(zip(keys, left.tolist(), strict=True))
+
+
 @dataclass(frozen=True)
 class _Hypothesis:
+    rho: float
     variance: float
     log_likelihood: float
     means: tuple[_Means, ...]
@@ -246,7 +270,7 @@ def _hypotheses(lines: Sequence[Samples]) -> list[_Hypothesis]:
     single = sum(len(line.loss) - line.design().shape[1] for line in lines) < 1
     if single:
         means = tuple(_means(line, 0.0) for line in lines)
-        return [_Hypothesis(variance, 0.0, means) for variance in _NOISE_ALONE]
+        return [_Hypothesis(0.0, variance, 0.0, means) for variance in _NOISE_ALONE]
     found = []
     for rho in _RHO_PER_OCTAVE:
         means = tuple(_means(line, rho) for line in lines)
@@ -254,12 +278,14 @@ def _hypotheses(lines: Sequence[Samples]) -> list[_Hypothesis]:
         # The floor keeps noise-free input (tests, one deterministic seed repeated) invertible.
         variance = max(sum(each.square_sum for each in means) / df, 1e-10)
         likelihood = -0.5 * df * np.log(variance) - 0.5 * sum(each.log_det for each in means)
-        found.append(_Hypothesis(variance, float(likelihood), means))
+        found.append(_Hypothesis(rho, variance, float(likelihood), means))
     return found
 
 
-def _weigh(lines: Sequence[Samples], hypotheses: Sequence[_Hypothesis]) -> tuple[list[tuple[_Part, ...]], list[float]]:
-    """Return each line's weighted hypotheses and the standard error of one of its points.
+def _weigh(
+    lines: Sequence[Samples], hypotheses: Sequence[_Hypothesis]
+) -> tuple[list[tuple[_Part, ...]], list[float], list[float]]:
+    """Return each line's weighted hypotheses, the standard error of one of its points, and its mean rho.
 
     Lines of one polynomial order share the weights: their deviations have the same meaning.
     """
@@ -291,7 +317,7 @@ def _weigh(lines: Sequence[Samples], hypotheses: Sequence[_Hypothesis]) -> tuple
         raw = np.exp(likelihood - likelihood.max())
         raw[raw < _LEAST_WEIGHT * raw.sum()] = 0.0
         weights[order] = raw / raw.sum()
-    parts, noise_sd = [], []
+    parts, noise_sd, rho = [], [], []
     for index, line in enumerate(lines):
         weight = weights[line.order]
         parts.append(
@@ -313,7 +339,8 @@ def _weigh(lines: Sequence[Samples], hypotheses: Sequence[_Hypothesis]) -> tuple
             for h, each in enumerate(hypotheses)
         )
         noise_sd.append(float(np.sqrt(variance)))
-    return parts, noise_sd
+        rho.append(sum(float(weight[h].sum()) * each.rho for h, each in enumerate(hypotheses)))
+    return parts, noise_sd, rho
 
 
 def _powers(x: Array, order: Order) -> Array:

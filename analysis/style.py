@@ -6,9 +6,13 @@ parameters that is undone on leaving: the caller's own plots look as before.
 
 from __future__ import annotations
 
+import csv
 import io
-from collections.abc import Iterator, Sequence
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +39,20 @@ TITLES = {
     "init_only": "S\N{MICRO SIGN}Par init only",
     "lr_only": "S\N{MICRO SIGN}Par LR only",
 }
+
+FIXED_LOOKS = {
+    "sp": ("#D55E00", "s", (5, 1.5)),
+    "mup": ("#0072B2", "^", (3, 1.2)),
+    "supar": ("#000000", "o", ()),
+    "init_only": ("#CC79A7", "v", (1.2, 1.2)),
+    "lr_only": ("#009E73", "D", (4, 1.2, 1.2, 1.2)),
+}
+"""A parameterization's colour, marker and dashes, the same in every figure.
+
+Source of the colours: Okabe and Ito, Color Universal Design (2008): told apart by colour-blind readers.
+"""
+
+_FURTHER_LOOKS = (("#E69F00", "P", (6, 2)), ("#56B4E9", "X", (2, 2)), ("#7F7F7F", "*", (6, 1, 1, 1)))
 
 METRIC_NAMES = {"train_loss": "Train loss", "val_loss": "Validation loss"}
 
@@ -82,6 +100,15 @@ _PARAMETERS: dict[Any, Any] = {
 }
 
 
+@dataclass(frozen=True)
+class Look:
+    """How a line looks."""
+
+    color: str
+    marker: str = "o"
+    dashes: tuple[float, ...] = ()
+
+
 @contextmanager
 def look() -> Iterator[None]:
     """Apply the style inside a with block, over matplotlib's defaults; undo it after."""
@@ -99,7 +126,7 @@ def figure(width_in: float, height_in: float) -> Figure:
 
 
 def ordered_colors(n: int) -> list[str]:
-    """Return n colours of an ordered axis, the reference (first) darkest.
+    """Return n colours of an ordered axis, the first (the reference, where there is one) darkest.
 
     viridis from dark blue to yellow-green: perceptually uniform and colour-blind safe; its last
     fifth is left out because yellow on white cannot be read.
@@ -108,9 +135,79 @@ def ordered_colors(n: int) -> list[str]:
     return [mpl.colors.to_hex(mpl.colormaps["viridis"](stop)) for stop in stops]
 
 
+def looks(axis: str, values: Sequence[Any], reference: Any = None) -> dict[Any, Look]:
+    """Return the look of each value of a line axis.
+
+    Numbers get the ordered colours, parameterizations always the same, other names the further ones.
+
+    Args:
+        axis: the axis' name.
+        values: in the order of the legend.
+        reference: the value that is to be darkest; default: the first.
+    """
+    if all(isinstance(value, int | float) for value in values):
+        ordered = list(values)[::-1] if len(values) > 1 and reference == values[-1] else list(values)
+        return {value: Look(color) for value, color in zip(ordered, ordered_colors(len(ordered)), strict=True)}
+    spare = [value for value in values if value not in FIXED_LOOKS]
+    found = {value: FIXED_LOOKS[value] for value in values if value in FIXED_LOOKS}
+    found |= {value: _FURTHER_LOOKS[index % len(_FURTHER_LOOKS)] for index, value in enumerate(spare)}
+    return {value: Look(*found[value]) for value in values}
+
+
 def title(parameterization: str) -> str:
     """Return how a parameterization is written in a figure."""
     return TITLES.get(parameterization, parameterization)
+
+
+def axis_name(axis: str) -> str:
+    """Return how an axis is written at a figure's edge; one that is not ours keeps its name."""
+    return AXIS_NAMES.get(axis, axis)
+
+
+def value_text(axis: str, value: Any) -> str:
+    """Return a value of an axis as text: SP, density 1/16, learning rate 2^-7."""
+    if axis == "parameterization":
+        return title(str(value))
+    try:
+        plain = float(value)
+    except (TypeError, ValueError):
+        return f"{axis_name(axis).lower()} {value}"
+    exponent = math.log2(plain) if plain > 0 else math.nan
+    in_octaves = axis in ("lr", "init_std") and abs(exponent * 4 - round(exponent * 4)) < 1e-6
+    return f"{axis_name(axis).lower()} {power_of_two(round(exponent, 6)) if in_octaves else number(plain)}"
+
+
+def panel_title(axis: str | None, value: Any) -> str:
+    """Return the title of a panel: SP, Density 1/16; "" where there is one panel of no axis."""
+    if axis is None:
+        return ""
+    text = value_text(axis, value)
+    return text if axis == "parameterization" else text[:1].upper() + text[1:]
+
+
+def fixed_text(fixed: Mapping[str, Any], but: Sequence[str] = ()) -> str:
+    """Return what all lines of a figure have in common: "SP, width 256, layers 2".
+
+    Args:
+        fixed: axis -> its one value.
+        but: axes that the figure shows otherwise.
+    """
+    shown = ("parameterization", "width", "n_layer", "density", "lr")
+    return ", ".join(value_text(axis, fixed[axis]) for axis in shown if axis in fixed and axis not in but)
+
+
+def heading(drawn: Figure, text: str) -> None:
+    """Write what a figure's lines have in common above it, broken where the figure is narrow."""
+    letters = int(drawn.get_figwidth() * 13)
+    # a power of two is short on paper and long as mathematical text, so lines break between its parts, by their length
+    lines: list[str] = []
+    for part in text.replace("\n", ", ").split(", "):
+        joined = f"{lines[-1]}, {part}" if lines else part
+        if lines and len(joined.replace("$2^{\N{MINUS SIGN}", "2").replace("}$", "")) <= letters:
+            lines[-1] = joined
+        else:
+            lines.append(part)
+    drawn.suptitle(",\n".join(lines), fontsize=9.5, color=MUTED)
 
 
 def number(value: float) -> str:
@@ -134,6 +231,56 @@ def log2_ticks(axes: Axes, span_octaves: float) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: power_of_two(round(value, 6))))
 
 
+def value_ticks(axes: Axes, values: Sequence[float]) -> None:
+    """Label the x axis, whose data are log2 of the values, with the values themselves: 1/16, 768."""
+    shown = list(values)
+    # powers of two as such where there are many of them or they are small
+    powers = all(abs(math.log2(v) - round(math.log2(v))) < 1e-9 for v in shown) and min(shown) < 1
+    axes.set_xticks(
+        [math.log2(v) for v in shown], [power_of_two(round(math.log2(v))) if powers else number(v) for v in shown]
+    )
+    axes.minorticks_off()
+
+
+def panels(
+    n: int, width_in: float, height_in: float, *, legend_in: float = 0.9, per_row: int = 4
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure with n panels that share both axes, and their axes.
+
+    Args:
+        n: number of panels.
+        width_in, height_in: of one panel.
+        legend_in: height kept below for a legend.
+        per_row: panels side by side, at most.
+    """
+    columns = min(n, per_row)
+    rows = math.ceil(n / columns)
+    drawn = figure(max(width_in * columns, COLUMN_IN), height_in * rows + legend_in)
+    found = list(drawn.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
+    for spare in found[n:]:
+        spare.set_visible(False)
+    for lowest in found[max(n - columns, 0) : n]:
+        lowest.tick_params(labelbottom=True)
+    return drawn, found[:n]
+
+
+def legend(drawn: Figure, handles: Sequence[Any], labels: Sequence[str], **more: Any) -> None:
+    """Write one legend below the panels, in as many columns as the figure's width takes.
+
+    Args:
+        drawn: the figure.
+        handles, labels: of the same length.
+        more: for matplotlib's legend.
+    """
+    # a line's handle takes .55 inches, a letter at this size .065; mathematical text is shorter than it is long
+    longest = max((len(re.sub(r"[${}^]", "", label)) for label in labels), default=0)
+    columns = max(int(drawn.get_figwidth() / (0.55 + 0.065 * longest)), 1)
+    columns = math.ceil(len(labels) / math.ceil(len(labels) / columns)) if labels else 1
+    drawn.legend(
+        handles, labels, loc="outside lower center", ncols=columns, columnspacing=1.6, handlelength=1.9, **more
+    )
+
+
 def save(drawn: Figure, stem: Path, formats: Sequence[str] = ("png", "pdf")) -> list[Path]:
     """Write `stem`.png and `stem`.pdf; return their paths. Raises RecordError where they cannot be written."""
     written = []
@@ -147,3 +294,19 @@ def save(drawn: Figure, stem: Path, formats: Sequence[str] = ("png", "pdf")) -> 
             drawn.savefig(image, format=kind, dpi=DPI, metadata=metadata)
             written.append(write_file(path, image.getvalue()))
     return written
+
+
+def save_with_data(drawn: Figure, rows: Sequence[Mapping[str, Any]], stem: Path) -> list[Path]:
+    """Write `stem`.png and .pdf, and the figure's data as `stem`.csv; return the three paths.
+
+    Args:
+        drawn: the figure.
+        rows: its data; a column for every key of any row.
+        stem: path without the ending.
+    """
+    written = save(drawn, stem)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(name for row in rows for name in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    return [*written, write_file(stem.with_name(f"{stem.name}.csv"), text.getvalue())]

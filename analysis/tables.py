@@ -8,22 +8,17 @@ from typing import Any
 from .style import title
 from .verdict import Entry
 
-COLUMNS = (
-    "parameterization",
-    "width",
-    "density",
-    "n_seeds",
-    "log2_lr_opt",
-    "ci",
-    "shift_octaves",
-    "regret",
-    "regret_percent",
-    "loss_at_optimum",
-)
+BEFORE = ("parameterization", "width", "density", "n_seeds")
+AFTER = ("ci", "shift_octaves", "regret", "regret_percent", "loss_at_optimum")
+
+
+def columns(x: str = "lr") -> tuple[str, ...]:
+    """Return the table's columns; the optimum's is named after the swept axis: log2_lr_opt."""
+    return (*BEFORE, f"log2_{x}_opt", *AFTER)
 
 
 def verdict_rows(found: Sequence[Entry], text: bool = True) -> list[dict[str, Any]]:
-    """Return a row per entry with the keys `COLUMNS`.
+    """Return a row per entry with the keys of `columns` (of the swept axis of the first).
 
     Args:
         found: entries of verdict.entries.
@@ -31,10 +26,13 @@ def verdict_rows(found: Sequence[Entry], text: bool = True) -> list[dict[str, An
             False: numbers and None, for JSON and CSV (then `ci` is a pair and the bounds have keys
             of their own).
     """
+    name_of_optimum = f"log2_{found[0].x if found else 'lr'}_opt"
     if not text:
         return [
             {
-                **{name: getattr(entry, name) for name in COLUMNS},
+                **{name: getattr(entry, name) for name in BEFORE},
+                name_of_optimum: entry.log2_opt,
+                **{name: getattr(entry, name) for name in AFTER},
                 "shift_bound": entry.shift_bound,
                 "shift_bound_side": entry.shift_bound_side,
                 "bound": entry.bound,
@@ -50,7 +48,7 @@ def verdict_rows(found: Sequence[Entry], text: bool = True) -> list[dict[str, An
             "width": entry.width,
             "density": f"{entry.density:g}",
             "n_seeds": entry.n_seeds,
-            "log2_lr_opt": _value(entry.log2_lr_opt, entry.bound, entry.bound_side, "{:.2f}"),
+            name_of_optimum: _value(entry.log2_opt, entry.bound, entry.bound_side, "{:.2f}"),
             "ci": "-" if entry.ci is None else f"[{entry.ci[0]:.2f}, {entry.ci[1]:.2f}]",
             "shift_octaves": _value(entry.shift_octaves, entry.shift_bound, entry.shift_bound_side, "{:+.2f}"),
             "regret": _regret(entry, entry.regret, "{:.4f}"),

@@ -1,4 +1,4 @@
-"""Does the dense optimum transfer? From fitted optima: an entry per line, a verdict, the files."""
+"""Does the reference's optimum transfer? From fitted optima: an entry per line, a verdict, proposals, the files."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import pandas as pd
-
+from supar_sweep.errors import ConfigError
 from supar_sweep.sweep.files import write_file
 
-from .basins import BasinSet, Line, Panel, lr_basins
+from .basins import BasinSet, Line, Panel
 from .fit import Interval, Side
+from .pairing import correlation, shared_part
 
 MAX_SHIFT_OCTAVES = 0.5
 MAX_REGRET_PERCENT = 1.0
@@ -24,6 +24,9 @@ RULE = (
     f"every regret is below {MAX_REGRET_PERCENT:g}% of the line's best loss; does not transfer: the CI of some shift, "
     f"or the bound of one without a CI, lies wholly outside +-{MAX_SHIFT_OCTAVES:g} octaves; undecided: anything else"
 )
+
+GROUP = ("parameterization", "width", "density", "n_layer")
+"""What a line has one value of, and what its verdict is about."""
 
 Answer = Literal["transfers", "does not transfer", "undecided"]
 
@@ -58,14 +61,19 @@ class Shift:
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of a figure of basins; the fields are those of verdict.json."""
+    """One line of a figure of basins.
 
+    The fields are those of verdict.json, where `log2_opt` and `proposed_log2` carry the name of the swept axis `x`
+    (log2_lr_opt, proposed_log2_lrs).
+    """
+
+    x: str
     parameterization: str
     width: int
     density: float
     n_layer: int
     n_seeds: int
-    log2_lr_opt: float | None
+    log2_opt: float | None
     ci: Interval | None
     shift_octaves: float | None
     shift_ci: Interval | None
@@ -81,20 +89,16 @@ class Entry:
     censored: bool
     bound: float | None
     bound_side: Side | None
-    proposed_log2_lrs: tuple[float, ...]
+    proposed_log2: tuple[float, ...]
     status: str
     reason: str
     reference_density: float | None
+    is_reference: bool
 
     @property
     def shift(self) -> Shift:
         """The shift as one value."""
         return Shift(self.shift_octaves, self.shift_ci, self.shift_bound, self.shift_bound_side)
-
-    @property
-    def is_reference(self) -> bool:
-        """Whether this is the line that the others are compared with."""
-        return self.density == self.reference_density
 
     @property
     def best_loss(self) -> float | None:
@@ -111,15 +115,6 @@ class Verdict:
     reason: str
 
 
-def basin_sets(table: pd.DataFrame, metric: str = "train_loss") -> list[BasinSet]:
-    """Return the LR basins over density of each (width, n_layer) of a table, ascending."""
-    groups = table[["width", "n_layer"]].drop_duplicates().sort_values(["width", "n_layer"])
-    return [
-        lr_basins(table, metric=metric, fixed={"width": int(width), "n_layer": int(n_layer)})
-        for width, n_layer in groups.itertuples(index=False)
-    ]
-
-
 def shift(panel: Panel, line: Line) -> Shift:
     """Return the shift of `line` from the panel's reference line."""
     reference = panel.reference
@@ -131,15 +126,17 @@ def shift(panel: Panel, line: Line) -> Shift:
     here, there = line.optimum, reference.optimum
     value = None if here.x is None or there.x is None else here.x - there.x
     if here.x is not None and there.x is not None and here.ci is not None and there.ci is not None:
-        # The intervals are lopsided: variances recovered from each side separately.
-        # Source: Zou and Donner, Stat. Med. 27 (2008) 1693; ASSUMPTION: independent
-        # (conservative).
+        # The intervals are lopsided: variances recovered from each side separately, errors correlated.
+        # Source: Zou and Donner, Stat. Med. 27 (2008) 1693; Zou, Psychol. Methods 12 (2007) 399, eq. 15.
         value = here.x - there.x
+        together = _correlation(panel, line, reference)
+        below, above = here.x - here.ci[0], here.ci[1] - here.x
+        below_there, above_there = there.x - there.ci[0], there.ci[1] - there.x
         return Shift(
             value,
             (
-                value - math.hypot(here.x - here.ci[0], there.ci[1] - there.x),
-                value + math.hypot(here.ci[1] - here.x, there.x - there.ci[0]),
+                value - math.sqrt(below**2 + above_there**2 - 2 * together * below * above_there),
+                value + math.sqrt(above**2 + below_there**2 - 2 * together * above * below_there),
             ),
         )
     # Some end is not known: a bound needs this line's lower and the reference's upper end, or the
@@ -153,6 +150,16 @@ def shift(panel: Panel, line: Line) -> Shift:
     return Shift(value)
 
 
+def _correlation(panel: Panel, line: Line, reference: Line) -> float:
+    """Return how far the errors of the two optima go together; 0 where either was not fitted."""
+    curves = [each.fit.curve for each in panel.lines if each.fit.curve is not None]
+    mine, other = line.fit.curve, reference.fit.curve
+    if mine is None or other is None or {line.optimum.status, reference.optimum.status} != {"fitted"}:
+        return 0.0
+    assert line.optimum.x is not None and reference.optimum.x is not None
+    return correlation(mine, line.optimum.x, other, reference.optimum.x, shared_part(curves))
+
+
 def _end(line: Line, side: Side) -> float | None:
     """Return the least ("low") or greatest ("high") x at which the line's optimum may lie."""
     best = line.optimum
@@ -163,8 +170,30 @@ def _end(line: Line, side: Side) -> float | None:
 
 
 def entries(sets: Sequence[BasinSet]) -> list[Entry]:
-    """Return an entry per line of the figures of `sets` (made by `basin_sets`)."""
+    """Return an entry per line of the figures of `sets` (made by `basins.basin_sets`).
+
+    Args:
+        sets: with the parameterizations as panels, or one each; lines over density, width or both together.
+
+    Raises:
+        ConfigError: a line of which parameterization, width, density or depth is not one value.
+    """
     return [_entry(basins, panel, line) for basins in sets for panel in basins.panels for line in panel.lines]
+
+
+def _group(basins: BasinSet, panel: Panel, line: Line) -> dict[str, Any]:
+    """Return the one value of each axis that the line has."""
+    named = {} if basins.col is None else {basins.col: panel.col}
+    known = {**basins.fixed, **named, **line.tied, basins.hue: line.hue}
+    for axis in GROUP:
+        if axis not in known:
+            raise ConfigError(f"where.{axis}", "a verdict is about lines that have one value of it", allowed=GROUP)
+    return {
+        "parameterization": str(known["parameterization"]),
+        "width": int(float(known["width"])),
+        "density": float(known["density"]),
+        "n_layer": int(float(known["n_layer"])),
+    }
 
 
 def _entry(basins: BasinSet, panel: Panel, line: Line) -> Entry:
@@ -172,17 +201,16 @@ def _entry(basins: BasinSet, panel: Panel, line: Line) -> Entry:
     moved = shift(panel, line)
     regret = panel.regret(line)
     loss = best.best_loss
+    reference = None if panel.reference is None else _group(basins, panel, panel.reference)
 
     def percent(value: float | None) -> float | None:
         return None if value is None or not loss else 100.0 * value / loss
 
     return Entry(
-        parameterization=panel.col,
-        width=int(basins.fixed["width"]),
-        density=line.hue,
-        n_layer=int(basins.fixed["n_layer"]),
+        x=basins.x,
+        **_group(basins, panel, line),
         n_seeds=line.n_seeds,
-        log2_lr_opt=best.x,
+        log2_opt=best.x,
         ci=best.ci,
         shift_octaves=moved.value,
         shift_ci=moved.ci,
@@ -198,10 +226,11 @@ def _entry(basins: BasinSet, panel: Panel, line: Line) -> Entry:
         censored=best.censored,
         bound=best.bound,
         bound_side=best.side,
-        proposed_log2_lrs=best.proposals,
+        proposed_log2=best.proposals,
         status=best.status,
         reason="; ".join(dict.fromkeys(part for part in (best.reason, regret.reason) if part)),
-        reference_density=panel.reference_hue,
+        reference_density=None if reference is None else reference["density"],
+        is_reference=line.hue == panel.reference_hue,
     )
 
 
@@ -249,19 +278,54 @@ def shift_text(entry: Entry) -> str:
     return f"{bound} octaves" if bound else "unknown"
 
 
-def write(found: Sequence[Entry], folder: Path, statements: Sequence[Mapping[str, Any]] = ()) -> list[Path]:
+def proposals(found: Sequence[Entry], budget: int | None = None) -> list[dict[str, Any]]:
+    """Return the grid points that would settle the censored optima: each line's group and a value of the swept axis.
+
+    The values nearest to the grid come first, line after line, so that a budget is shared between the lines.
+
+    Args:
+        found: entries of `entries`.
+        budget: at most so many points (each is a run for every seed); None = all.
+
+    Raises:
+        ConfigError: a negative budget.
+    """
+    if budget is not None and budget < 0:
+        raise ConfigError("budget", "out of range", value=budget, allowed=">= 0")
+    wanted = [
+        {**{axis: getattr(entry, axis) for axis in GROUP}, entry.x: 2.0 ** entry.proposed_log2[rank]}
+        for rank in range(max((len(entry.proposed_log2) for entry in found), default=0))
+        for entry in found
+        if rank < len(entry.proposed_log2)
+    ]
+    return wanted if budget is None else wanted[:budget]
+
+
+def plain(entry: Entry) -> dict[str, Any]:
+    """Return the entry as verdict.json holds it."""
+    fields = asdict(entry)
+    x = fields.pop("x")
+    names = {"log2_opt": f"log2_{x}_opt", "proposed_log2": f"proposed_log2_{x}s"}
+    return {"swept": x, **{names.get(name, name): value for name, value in fields.items()}}
+
+
+def write(
+    found: Sequence[Entry], folder: Path, statements: Sequence[Mapping[str, Any]] = (), prefix: str = ""
+) -> list[Path]:
     """Write verdict.json (a list of the entries) and summary.json into `folder`; return both paths.
 
-    summary.json holds the rule, a verdict per parameterization and the statements. null, never NaN.
+    summary.json holds the rule, a verdict per parameterization, the proposed points and the statements. null, never
+    NaN. `prefix` stands before both names.
     """
     summary = {
         "rule": RULE,
         "verdicts": {v.parameterization: {"verdict": v.answer, "reason": v.reason} for v in verdicts(found)},
+        "proposed": proposals(found),
         "statements": list(statements),
     }
     return [
-        _write_json([asdict(entry) for entry in found], folder / "verdict.json"),
-        _write_json(summary, folder / "summary.json"),
+        _write_json([plain(entry) for entry in found], folder / f"{prefix}verdict.json"),
+        _write_json(summary, folder / f"{prefix}summary.json"),
     ]
 
 

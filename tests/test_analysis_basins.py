@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from analysis.basins import data_rows, lr_basins
-from analysis.frames import frame
+from analysis.basins import basin_sets, data_rows, lr_basins
+from analysis.frames import axes_of, frame, parts
 from supar_sweep.errors import ConfigError
 from tests.basin_rows import OPTIMA, rows
 
@@ -100,10 +100,10 @@ def test_the_held_out_loss_has_its_own_basins() -> None:
 @pytest.mark.parametrize(
     ("arguments", "key"),
     [
-        ({"x": "learning_rate"}, "plot.x"),
-        ({"hue": "sparsity"}, "plot.hue"),
-        ({"metric": "best_loss"}, "plot.metric"),
-        ({"hue": "lr"}, "plot"),
+        ({"x": "learning_rate"}, "x"),
+        ({"hue": "sparsity"}, "hue"),
+        ({"metric": "best_loss"}, "metric"),
+        ({"hue": "lr"}, "x"),
         ({"fixed": {"width": 128}}, "where.width"),
         ({"fixed": {"depth": 2}}, "where.depth"),
     ],
@@ -142,3 +142,26 @@ def test_analysis_needs_no_torch() -> None:
         " sys.exit('torch' in sys.modules or 'matplotlib.pyplot' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_further_axes_of_a_grid_count_and_are_named_in_errors() -> None:
+    decay = [{**row, "weight_decay": d, "cell_id": f"{row['cell_id']}-{d}"} for d in (0.0, 0.1) for row in rows()]
+    table = frame(decay)
+    assert "weight_decay" in axes_of(table)
+    assert "seed" not in axes_of(table)
+    with pytest.raises(ConfigError, match="weight_decay"):
+        lr_basins(table)  # a line mixes both
+    with pytest.raises(ConfigError, match="weight_decay"):
+        lr_basins(table, hue="wieght_decay")
+    assert [line.hue for line in lr_basins(table, hue="weight_decay", fixed={"density": 1.0}).panels[0].lines] == [
+        0.1,
+        0.0,
+    ]
+
+
+def test_what_varies_along_a_line_makes_figures_of_its_own() -> None:
+    table = frame(rows() + rows(width=512))
+    assert parts(table, ("density", "parameterization"), ("lr",)) == [{"width": 256}, {"width": 512}]
+    assert [basins.fixed["width"] for basins in basin_sets(table)] == [256, 512]
+    tied = frame([{**row, "width": 256 if row["density"] == 1 else 768} for row in rows()])
+    assert parts(tied, ("density", "parameterization"), ("lr",)) == [{}]

@@ -15,6 +15,8 @@ from analysis import style
 from analysis.basins import BasinSet, lr_basins
 from analysis.frames import frame
 from analysis.lr_basins import draw, loss_limits, save
+from supar_sweep.errors import ConfigError
+from supar_sweep.rules.parameterization import PARAMETERIZATIONS
 from tests.basin_rows import rows
 
 
@@ -46,6 +48,64 @@ def test_ordered_colours_get_lighter_and_stay_readable_on_white(n: int) -> None:
 def test_numbers_and_powers_are_written_as_people_do() -> None:
     assert [style.number(v) for v in (1.0, 1 / 16, 0.3, 256)] == ["1", "1/16", "0.3", "256"]
     assert style.power_of_two(-7.0) == "$2^{\N{MINUS SIGN}7}$"
+
+
+def test_values_are_written_with_their_axis() -> None:
+    minus = "\N{MINUS SIGN}"
+    assert style.value_text("lr", 2.0**-7) == f"learning rate $2^{{{minus}7}}$"
+    assert style.value_text("lr", 0.01) == "learning rate 1/100"
+    assert style.value_text("density", 1 / 16) == "density 1/16"
+    assert style.value_text("parameterization", "mup") == "\xb5P"
+    assert style.value_text("layer_density", "er") == "layer_density er"
+    assert style.panel_title("width", "512") == "Width 512"
+
+
+def test_a_parameterization_looks_the_same_whoever_stands_beside_it() -> None:
+    alone, among = style.looks("parameterization", ["mup"]), style.looks("parameterization", ["sp", "mup", "supar"])
+    assert alone["mup"] == among["mup"]
+    assert len({look.color for look in among.values()}) == len({look.marker for look in among.values()}) == 3
+    assert set(style.TITLES) == set(style.FIXED_LOOKS) == set(PARAMETERIZATIONS)
+
+
+def test_the_reference_of_an_ordered_axis_is_darkest() -> None:
+    for values, reference in (([512.0, 256.0, 128.0], 128.0), ([1.0, 0.5, 0.25], 1.0)):
+        looks = style.looks("width", values, reference)
+        assert min(values, key=lambda value: luminance(looks[value].color)) == reference
+
+
+def test_lines_may_be_the_parameterizations() -> None:
+    data = lr_basins(frame(rows()), hue="parameterization", col="density")
+    drawn = draw(data)
+    assert [axes.get_title() for axes in drawn.axes] == ["Density 1", "Density 1/16"]
+    assert legend_texts(drawn)[:3] == ["SP", "\xb5P", "S\xb5Par"]
+    assert [panel.transferred for panel in data.panels] == [None, None]
+    colors = {line.get_color() for line in drawn.axes[0].lines}
+    assert {style.FIXED_LOOKS[name][0] for name in ("sp", "mup", "supar")} <= colors
+
+
+def test_the_legend_says_what_goes_with_a_line() -> None:
+    tied = [{**row, "width": 256 if row["density"] == 1 else 768} for row in rows()]
+    assert legend_texts(draw(lr_basins(frame(tied))))[:2] == ["density 1, width 256", "density 1/16, width 768"]
+
+
+def test_basins_over_init_std_are_the_same_figure() -> None:
+    swept = rows()
+    for row in swept:
+        row["init_std"], row["lr"] = row["lr"], 2.0**-7
+    drawn = draw(lr_basins(frame(swept), x="init_std"))
+    assert drawn.axes[0].get_xlabel().startswith("Init std")
+    assert "learning rate" in drawn.get_suptitle()
+    with pytest.raises(ConfigError, match=r"where\.lr.*mixes|x: is fitted"):
+        lr_basins(frame(rows()), x="init_std")
+
+
+def test_a_narrow_figure_breaks_its_heading() -> None:
+    narrow = style.figure(3.35, 2)
+    style.heading(narrow, "width 256, layers 2, learning rate 1/100, 3 seeds, mean")
+    assert narrow.get_suptitle().count("\n") == 1
+    wide = style.figure(9, 2)
+    style.heading(wide, "width 256, layers 2, learning rate 1/100, 3 seeds, mean")
+    assert "\n" not in wide.get_suptitle()
 
 
 def test_a_panel_per_parameterization_sharing_the_loss_axis() -> None:

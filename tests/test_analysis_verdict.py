@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from analysis.basins import basin_sets
 from analysis.frames import frame
 from analysis.statements import moves_less_than, moves_more_than, quickstart_statements
-from analysis.tables import COLUMNS, verdict_rows
-from analysis.verdict import MAX_SHIFT_OCTAVES, Entry, Shift, basin_sets, entries, shift_text, verdicts, write
+from analysis.tables import columns, verdict_rows
+from analysis.verdict import MAX_SHIFT_OCTAVES, Entry, Shift, entries, plain, proposals, shift_text, verdicts, write
+from supar_sweep.errors import ConfigError
 from tests.basin_rows import rows
 
 
@@ -30,7 +32,7 @@ def test_shift_is_the_difference_of_the_optima() -> None:
         dense, sparse = entry(found, name, 1.0), entry(found, name, 1 / 16)
         assert dense.shift_octaves == 0.0
         assert dense.regret == 0.0
-        assert sparse.shift_octaves == pytest.approx(sparse.log2_lr_opt - dense.log2_lr_opt)
+        assert sparse.shift_octaves == pytest.approx(sparse.log2_opt - dense.log2_opt)
         assert sparse.shift_octaves == pytest.approx(truth, abs=0.2)
         assert sparse.shift_ci[0] <= truth <= sparse.shift_ci[1]
 
@@ -76,10 +78,10 @@ def test_a_censored_line_has_a_bound_and_no_number() -> None:
     found = judged(optima={"mup": (-8.0, 0.0)})
     sparse = entry(found, "mup", 1 / 16)
     assert sparse.censored
-    assert (sparse.log2_lr_opt, sparse.ci, sparse.shift_octaves, sparse.shift_ci) == (None,) * 4
+    assert (sparse.log2_opt, sparse.ci, sparse.shift_octaves, sparse.shift_ci) == (None,) * 4
     assert sparse.shift_bound_side == "high"
     assert 4.0 < sparse.shift_bound < 8.0
-    assert sparse.proposed_log2_lrs == (-1.0, 0.0)
+    assert sparse.proposed_log2 == (-1.0, 0.0)
     assert sparse.regret_is_lower_bound
     assert verdicts(found)[0].answer == "does not transfer"
 
@@ -116,7 +118,7 @@ def test_an_interval_with_one_end_is_a_bound() -> None:
     sparse = entry(half_open(noise=0.004), "mup", 1 / 16)
     assert (sparse.status, sparse.ci, sparse.shift_ci) == ("fitted", None, None)
     assert sparse.bound_side == sparse.shift_bound_side == "high"
-    assert sparse.bound < sparse.log2_lr_opt
+    assert sparse.bound < sparse.log2_opt
     assert 0.5 < sparse.shift_bound < sparse.shift_octaves
     assert sparse.shift.outside
     assert f"octaves (>= {sparse.shift_bound:+.2f})" in shift_text(sparse)
@@ -235,7 +237,7 @@ def test_the_files_hold_one_entry_per_line_and_no_nan(tmp_path: Path) -> None:
 def test_the_table_shows_bounds_as_bounds() -> None:
     found = judged(optima={"mup": (-8.0, 0.0)})
     dense, sparse = verdict_rows(found)
-    assert tuple(dense) == COLUMNS
+    assert tuple(dense) == columns()
     assert sparse["log2_lr_opt"].startswith(">= ")
     assert sparse["shift_octaves"].startswith(">= +")
     assert sparse["ci"] == "-"
@@ -243,3 +245,68 @@ def test_the_table_shows_bounds_as_bounds() -> None:
     raw = verdict_rows(found, text=False)[1]
     assert raw["log2_lr_opt"] is None
     assert raw["shift_bound"] == dataclasses.asdict(found[1])["shift_bound"]
+
+
+def iso(widths: dict[float, int], **arguments: Any) -> list[dict[str, Any]]:
+    """Rows in which width goes with density, as in an iso-parameter grid."""
+    return [{**row, "width": widths[row["density"]]} for row in rows(**arguments)]
+
+
+def test_an_iso_parameter_grid_is_one_comparison() -> None:
+    sets = basin_sets(frame(iso({1.0: 256, 1 / 16: 768}, optima={"sp": (-9.0, -6.5)})))
+    assert len(sets) == 1
+    found = entries(sets)
+    assert [(e.width, e.density, e.is_reference) for e in found] == [(768, 1 / 16, False), (256, 1.0, True)][::-1]
+    assert found[1].shift_octaves == pytest.approx(2.5, abs=0.2)
+    assert verdicts(found)[0].answer == "does not transfer"
+
+
+def test_lines_over_width_are_compared_with_the_narrowest() -> None:
+    both = rows(optima={"sp": (-9.0, -6.5)}) + rows(optima={"sp": (-10.0, -7.5)}, width=512)
+    found = entries(basin_sets(frame(both), hue="width", fixed={"density": 1.0}))
+    assert [(e.width, e.is_reference) for e in found] == [(512, False), (256, True)]
+    assert found[0].shift_octaves == pytest.approx(-1.0, abs=0.15)
+
+
+def test_the_verdict_over_init_std_names_what_was_swept(tmp_path: Path) -> None:
+    swept = rows(optima={"sp": (-9.0, 0.0)})
+    for row in swept:
+        row["init_std"], row["lr"] = row["lr"], 0.01
+    found = entries(basin_sets(frame(swept), x="init_std"))
+    verdict, _ = write(found, tmp_path, prefix="init_basins-")
+    assert verdict.name == "init_basins-verdict.json"
+    dense, sparse = json.loads(verdict.read_text())
+    assert dense["swept"] == "init_std"
+    assert dense["log2_init_std_opt"] == pytest.approx(-9.0, abs=0.1)
+    assert sparse["log2_init_std_opt"] is None
+    assert sparse["proposed_log2_init_stds"] == [-1.0, 0.0]
+    assert "log2_init_std_opt" in verdict_rows(found)[0]
+
+
+def test_proposals_go_round_the_lines_nearest_first_within_the_budget(tmp_path: Path) -> None:
+    found = judged(optima={"mup": (-8.0, 0.0), "supar": (-8.0, 0.0)})
+    wanted = proposals(found)
+    assert [(each["parameterization"], each["lr"]) for each in wanted] == [
+        ("mup", 2.0**-1), ("supar", 2.0**-1), ("mup", 1.0), ("supar", 1.0),
+    ]  # fmt: skip
+    assert all((each["width"], each["density"], each["n_layer"]) == (256, 1 / 16, 2) for each in wanted)
+    assert proposals(found, budget=3) == wanted[:3]
+    assert proposals(judged()) == []
+    _, summary = write(found, tmp_path)
+    assert json.loads(summary.read_text())["proposed"] == wanted
+    with pytest.raises(ConfigError, match="budget"):
+        proposals(found, budget=-1)
+
+
+def test_running_the_proposals_settles_a_censored_optimum() -> None:
+    optima = {"mup": (-8.0, -0.6)}
+    before = judged(optima=optima)
+    extra = {math.log2(each["lr"]) for each in proposals(before)}
+    assert entry(before, "mup", 1 / 16).censored
+    after = judged(optima=optima, grid=sorted({*range(-12, -1), *map(int, extra)}))
+    assert not entry(after, "mup", 1 / 16).censored
+    assert entry(after, "mup", 1 / 16).log2_opt == pytest.approx(-0.6, abs=0.3)
+
+
+def test_an_entry_is_plain() -> None:
+    assert json.loads(json.dumps(plain(judged()[0])))["log2_lr_opt"] == judged()[0].log2_opt

@@ -25,6 +25,13 @@ TINY = [
 ]
 SMALLER = {
     "quickstart": ["size=smoke"],
+    "coord-check": [
+        *(w for w in TINY if "train" not in w),
+        "train.steps=2",
+        "check.densities=[1,0.5]",
+        "check.widths=[16,32]",
+        "check.seeds=[0,1]",
+    ],
     # the proxy is the base: it has no width of its own
     "tune": [
         *(w for w in TINY if "model.width" not in w),

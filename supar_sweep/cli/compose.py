@@ -29,7 +29,9 @@ _VALUED = (
     *("--config-name", "-cn", "--info", "-i", "--experimental-rerun"),
 )
 
-_REPLACED = re.compile(r"(experiment\.(?:axes|by|zipped)\b[^=]*|study\.space(?:\.\w+)?)=(.*)", re.DOTALL)
+_REPLACED = re.compile(
+    r"(experiment\.(?:axes|by|zipped)\b[^=]*|study\.space(?:\.\w+)?|where(?:\.[\w.]+)?)=(.*)", re.DOTALL
+)
 
 
 def hydra_words(word: str, does: str, words: Sequence[str]) -> list[str]:
@@ -37,7 +39,7 @@ def hydra_words(word: str, does: str, words: Sequence[str]) -> list[str]:
 
     - `hparams=path/to/best.yaml` loads a file, where Hydra knows groups only;
     - `experiment.axes.lr=[...]` adds the axis or replaces it, where Hydra would merge or refuse;
-      so does `study.space={...}`.
+      so do `study.space={...}` and `where.density=0.25`.
 
     Args:
         word: the command.

@@ -22,7 +22,7 @@ from supar_sweep.cli.launch import (
 from supar_sweep.cli.main import INTERRUPTED
 from supar_sweep.cli.output import emit, say
 from supar_sweep.cli.progress import Live, duration
-from supar_sweep.cli.settings import Settings
+from supar_sweep.cli.settings import FIGURE, Settings
 from supar_sweep.config.decode import encode
 from supar_sweep.config.schema import CellConfig
 from supar_sweep.errors import ConfigError
@@ -232,7 +232,7 @@ def _group_by(settings: Settings, frozen: Plan) -> Sequence[str]:
 def note_unread(settings: Settings) -> None:
     """Say which of the user's settings play no part, because `run` has frozen the grid."""
     read = ("experiment", "experiment.name", "runs_dir", "format", "by")
-    idle = [key for key in settings.given() if key not in read and key.partition(".")[0] != "plot"]
+    idle = [key for key in settings.given() if key not in read and key.partition(".")[0] not in FIGURE]
     if idle:
         say(
             f"note: {settings.command} reads the grid as `run` froze it; "

@@ -26,7 +26,7 @@ REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, 
 
 @dataclass(frozen=True)
 class Command:
-    """`supar_sweep.cli.<module>.<word>(settings) -> exit code`, with conf/<word>.yaml."""
+    """`supar_sweep.cli.<module>.<word>(settings) -> exit code` (its hyphens as underscores), with conf/<word>.yaml."""
 
     module: str
     does: str
@@ -41,7 +41,8 @@ COMMANDS = {
     "run": Command("grid", "make a grid complete: skip what is done, resume, retry what failed"),
     "status": Command("grid", "count a grid's cells by state, with the first errors"),
     "cancel": Command("grid", "stop a running grid; `run` continues it"),
-    "plot": Command("plot", "draw a grid's figure and its verdict on transfer"),
+    "plot": Command("plot", "draw any figure of a grid, a study or a check, and the verdict on transfer"),
+    "coord-check": Command("coord_check", "test in a few steps that activations and updates keep their size"),
 }
 
 _USAGE = f"""usage: {PROGRAM} COMMAND [group=option ...] [key=value ...] [--cfg job] [--help]
@@ -127,7 +128,7 @@ def _run(word: str, overrides: Sequence[str]) -> int:
     def task(settings: Any) -> int:
         from importlib import import_module
 
-        call: Callable[[Any], int] = getattr(import_module(f"supar_sweep.cli.{command.module}"), word)
+        call: Callable[[Any], int] = getattr(import_module(f"supar_sweep.cli.{command.module}"), word.replace("-", "_"))
         return call(settings)
 
     with _argv(f"{PROGRAM} {word}", hydra_words(word, command.does, overrides)):

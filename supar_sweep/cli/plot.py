@@ -1,78 +1,243 @@
-"""`supar-sweep plot`: the figure of a grid's records, its data, and the verdict on transfer."""
+"""`supar-sweep plot`: any figure over a grid's records, a study's trials or a check's rows, with its data; the verdict."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from supar_sweep.cli.coord_check import check_config, read_rows
+from supar_sweep.cli.coord_check import draw as draw_check
 from supar_sweep.cli.grid import note_unread
 from supar_sweep.cli.launch import experiment_of
 from supar_sweep.cli.output import emit, say
 from supar_sweep.cli.rooms import room
-from supar_sweep.cli.settings import Settings
+from supar_sweep.cli.settings import FIGURE, Settings
 from supar_sweep.config.decode import decode
-from supar_sweep.config.schema import check_ranges, setting
-from supar_sweep.sweep.status import rows
+from supar_sweep.config.schema import CellConfig, check_ranges, setting
+from supar_sweep.errors import ConfigError
+from supar_sweep.sweep.status import folders, rows
+from supar_sweep.sweep.submission import Plan
+from supar_sweep.sweep.trials import trial_rows
+from supar_sweep.sweep.winner import load_winner
+from supar_sweep.training.cost import count_parameters
 
 
-def plot(settings: Settings) -> int:
-    """Draw the grid's LR basins, write its verdict, print the verdict's table; return 0."""
-    metric = metric_of(settings)
-    experiment = experiment_of(settings)
-    frozen = experiment.plan()
-    note_unread(settings)
-    emit_verdict(draw(rows(experiment, frozen), experiment.folder, metric), settings.format)
-    return 0
+@dataclass(frozen=True)
+class Kind:
+    """A figure of `plot`: its own axes (None = it has none), and the settings that it reads."""
+
+    x: str | None
+    hue: str | None
+    col: str | None
+    reads: tuple[str, ...] = FIGURE
+
+
+KINDS = {
+    "lr_basins": Kind("lr", "density", "parameterization"),
+    "init_basins": Kind("init_std", "density", "parameterization"),
+    "pareto": Kind("density", "parameterization", None),
+    "heatmap": Kind("density", "width", "parameterization", tuple(key for key in FIGURE if key != "reference")),
+    "scaling": Kind(None, None, "parameterization", ("figure", "col", "where", "metric")),
+    "loss_curves": Kind("tokens", "density", "parameterization", ("figure", "x", "hue", "col", "where")),
+    "study": Kind(None, None, None, ("figure", "study")),
+    "coord_check": Kind(None, None, None, ("figure", "check")),
+}
+NO_PANELS = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlotConfig:
-    """conf/_plot.yaml."""
+    """conf/_figure.yaml and conf/_plot.yaml."""
 
-    metric: str = setting("what is drawn over lr", choices=("train_loss", "val_loss"))
+    figure: str = setting("what is drawn", choices=tuple(KINDS))
+    x: str | None = setting("axis")
+    hue: str | None = setting("axis of the lines")
+    col: str | None = setting("axis of the panels")
+    where: Mapping[str, Any] = setting("axis -> the value that is drawn")
+    metric: str = setting("what is drawn", choices=("train_loss", "val_loss"))
+    reference: float | None = setting("value of hue (pareto: of x) whose optimum is transferred")
 
     def __post_init__(self) -> None:
         check_ranges(self)
 
 
-_HOLDS = {True: "holds", False: "does not hold", None: "cannot be said"}
+@dataclass(frozen=True, kw_only=True)
+class MetricConfig:
+    """conf/_plot.yaml."""
+
+    metric: str = setting("what is drawn", choices=("train_loss", "val_loss"))
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+def plot(settings: Settings) -> int:
+    """Draw a figure and write its data beside it; for basins also write and print the verdict; return 0."""
+    config = decode(PlotConfig, {key: settings.plain[key] for key in FIGURE})
+    _refuse_idle(settings, config.figure)
+    if config.figure == "study":
+        return _study(settings)
+    if config.figure == "coord_check":
+        check = check_config(settings)
+        draw_check(read_rows(settings, check), check, check.folder(settings), settings.format)
+        return 0
+    experiment = experiment_of(settings)
+    frozen = experiment.plan()
+    note_unread(settings)
+    records = rows(experiment, frozen)
+    axes = _axes(config)
+    stem = experiment.folder / _stem(config)
+    if config.figure in ("lr_basins", "init_basins"):
+        entries = draw_basins(
+            records, experiment.folder, config.metric, axes, stem.name, config.where, config.reference
+        )
+        emit_verdict(entries, settings.format)
+        return 0
+    table = room("analysis.frames").frame(records)
+    module = room(f"analysis.{config.figure}")
+    keywords: dict[str, Any] = {**axes, "fixed": config.where}
+    if config.figure == "scaling":
+        keywords = {"col": axes["col"], "fixed": config.where}
+        live = _live_hidden_weights(frozen)
+        table["live_parameters"] = [live[this] for this in table["cell_id"]]
+    if config.figure == "loss_curves":
+        table = room("analysis.frames").where(table, config.where)
+        cells = folders(experiment.store, frozen)
+        table["curve"] = [cells[this].metrics() for this in table["cell_id"]]
+    else:
+        keywords["metric"] = config.metric
+    if config.figure == "pareto":
+        keywords["reference"] = config.reference
+    found = getattr(module, config.figure)(table, **keywords)
+    data = module.data_rows(found)
+    written = module.save(module.draw(found), found, stem)
+    emit(data, format=settings.format)
+    _say_written(written)
+    return 0
+
+
+def _live_hidden_weights(frozen: Plan) -> dict[str, int]:
+    """Return each cell's number of live hidden weights, by id; counted once a shape."""
+    counted: dict[Any, int] = {}
+    found = {}
+    for this, planned in frozen.cells.items():
+        cell = decode(CellConfig, planned.cell)
+        shape = (cell.model, cell.density, cell.layer_density)
+        if shape not in counted:
+            counted[shape] = count_parameters(cell).sparse_live
+        found[this] = counted[shape]
+    return found
 
 
 def metric_of(settings: Settings) -> str:
-    """Return which loss is drawn. Raises ConfigError for settings of `plot` that do not exist."""
-    return decode(PlotConfig, settings.plain["plot"], prefix="plot").metric
+    """Return which loss is drawn. Raises ConfigError for one that does not exist."""
+    return decode(MetricConfig, {"metric": settings.plain["metric"]}).metric
 
 
-def draw(records: list[dict[str, Any]], folder: Path, metric: str) -> list[Any]:
-    """Return the verdict's entries, after figure, data and verdict were written into `folder`.
+def draw_basins(
+    records: list[dict[str, Any]],
+    folder: Path,
+    metric: str,
+    axes: Mapping[str, Any] | None = None,
+    name: str = "lr_basins",
+    where: Mapping[str, Any] | None = None,
+    reference: float | None = None,
+) -> list[Any]:
+    """Return the verdict's entries, after figures, data and verdict were written into `folder`.
 
     Args:
         records: one row a grid point (sweep.status.rows).
         folder: the experiment's.
         metric: train_loss or val_loss.
+        axes: x, hue, col; default: lr over density, a panel a parameterization.
+        name: of the files; the verdict's are verdict.json and summary.json for lr_basins, else <name>-verdict.json.
+        where: axis -> the value that is drawn.
+        reference: hue whose optimum is transferred; None = the usual one.
     """
-    verdict, lr_basins = room("analysis.verdict"), room("analysis.lr_basins")
-    statements = room("analysis.statements")
-    sets = verdict.basin_sets(room("analysis.frames").frame(records), metric)
+    basins, verdict = room("analysis.basins"), room("analysis.verdict")
+    figure, statements = room("analysis.lr_basins"), room("analysis.statements")
+    table = room("analysis.frames").frame(records)
+    sets = basins.basin_sets(table, metric, **(axes or {}), fixed=where, reference=reference)
     written: list[Path] = []
-    for basins in sets:
-        shape = f"-w{basins.fixed['width']}-l{basins.fixed['n_layer']}" if len(sets) > 1 else ""
-        stem = folder / f"lr_basins{shape}"
-        written += lr_basins.save(lr_basins.draw(basins), basins, stem)
+    for each in sets:
+        written += figure.save(figure.draw(each), each, folder / (name + _of_part(each, sets)))
     entries: list[Any] = verdict.entries(sets)
-    claims = statements.quickstart_statements(entries)
-    written += verdict.write(entries, folder, [claim.as_dict() for claim in claims])
+    whole = name == "lr_basins"
+    claims = statements.quickstart_statements(entries) if whole else []
+    written += verdict.write(entries, folder, [claim.as_dict() for claim in claims], "" if whole else f"{name}-")
     for answer in verdict.verdicts(entries):
         say(f"{answer.parameterization}: {answer.answer} ({answer.reason})")
     for claim in claims:
         say(f"{_HOLDS[claim.holds]}: {claim.text}" + (f" ({claim.note})" if claim.note else ""))
-    for path in written:
-        say(f"wrote {path}")
+    _say_written(written)
     return entries
+
+
+_HOLDS = {True: "holds", False: "does not hold", None: "cannot be said"}
 
 
 def emit_verdict(entries: list[Any], format: str) -> None:
     """Print the verdict's table to stdout."""
     tables = room("analysis.tables")
     emit(tables.verdict_rows(entries, text=format == "table"), format=format)
+
+
+def _of_part(each: Any, sets: list[Any]) -> str:
+    """Return what tells this figure's file from those of the other parts: -width512-n_layer4."""
+    apart = [axis for axis in each.fixed if len({str(other.fixed.get(axis)) for other in sets}) > 1]
+    return "".join(
+        f"-{axis}{each.fixed[axis]:g}" if _number(each.fixed[axis]) else f"-{each.fixed[axis]}" for axis in apart
+    )
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+def _axes(config: PlotConfig) -> dict[str, str | None]:
+    own = KINDS[config.figure]
+    col = own.col if config.col is None else None if config.col == NO_PANELS else config.col
+    return {"x": config.x or own.x, "hue": config.hue or own.hue, "col": col}
+
+
+def _stem(config: PlotConfig) -> str:
+    """Return the file's name: the figure's, with the axes and values that are not its own."""
+    own, axes = KINDS[config.figure], _axes(config)
+    parts = [f"{key}-{axes[key] or NO_PANELS}" for key in ("x", "hue", "col") if axes[key] != getattr(own, key)]
+    parts += [f"{axis}{value:g}" if _number(value) else f"{axis}-{value}" for axis, value in config.where.items()]
+    parts += (
+        [config.metric] if config.metric != "train_loss" and config.figure not in ("lr_basins", "loss_curves") else []
+    )
+    return "-".join([config.figure, *parts]).replace("/", "_")
+
+
+def _refuse_idle(settings: Settings, figure: str) -> None:
+    """Raise ConfigError for a typed setting that this figure does not read."""
+    reads = KINDS[figure].reads
+    for key in settings.given(*FIGURE, "study", "check"):
+        top = key.partition(".")[0]
+        if top not in reads:
+            raise ConfigError(key, f"has no effect on figure={figure}", allowed=reads)
+
+
+def _study(settings: Settings) -> int:
+    name, module = settings.study().name, room("analysis.study")
+    folder = settings.runs_dir / "studies" / name
+    trials = trial_rows(settings.runs_dir, name)
+    metric, confirmed = settings.study().metric, {}
+    if (folder / "best.yaml").exists():
+        lineage = load_winner(folder / "best.yaml").lineage
+        metric = lineage.get("metric", metric)
+        confirmed = {each["trial"]: each["values"] for each in lineage.get("confirmed", ())}
+    found = module.study(trials, name, metric, confirmed)
+    written = module.save(module.draw(found), found, folder / "study")
+    emit(module.data_rows(found), format=settings.format)
+    _say_written(written)
+    return 0
+
+
+def _say_written(written: list[Path]) -> None:
+    for path in written:
+        say(f"wrote {path}")

@@ -130,8 +130,11 @@ class Settings:
 
 OUTPUT = ("hparams_file", "tuned_at", "runs_dir", "format")
 _GRID = ("experiment", "launcher", "runtime")
+FIGURE = ("figure", "x", "hue", "col", "where", "metric", "reference")
+"""What says which figure `plot` draws."""
+
 READS = {
-    "quickstart": (*_GRID, "study", "plot"),
+    "quickstart": (*_GRID, "study", "metric"),
     "tune": ("launcher", "runtime", "study"),
     "transfer": ("target",),
     "rules": ("show",),
@@ -139,7 +142,8 @@ READS = {
     "run": _GRID,
     "status": (*_GRID, "by"),
     "cancel": _GRID,
-    "plot": (*_GRID, "plot"),
+    "plot": (*_GRID, *FIGURE, "study", "check"),
+    "coord-check": ("runtime", "check"),
 }
 """The top-level keys of each command, beside a cell's own and OUTPUT."""
 

@@ -14,10 +14,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from supar_sweep.training.model import GPT
-from supar_sweep.training.roles import ParameterPlan
+from supar_sweep.config.schema import CellConfig
+from supar_sweep.training.corpus import Corpus
+from supar_sweep.training.data import batch
+from supar_sweep.training.model import GPT, build
+from supar_sweep.training.optim import make_optimizer
+from supar_sweep.training.roles import ParameterPlan, check_init
+from supar_sweep.training.trainer import pick_device
 
 
 @dataclass
@@ -111,6 +117,41 @@ def coordinate_rows(
                 }
             )
     return rows
+
+
+def cell_coordinates(cell: CellConfig, corpus: Corpus, device: str) -> list[dict[str, Any]]:
+    """Train a cell for its steps at constant learning rates, in float32; return the rows of `coordinate_rows`.
+
+    Args:
+        cell: its GPT, optimizer, clipping, steps and batches; its schedule is not applied.
+        corpus: tokens, as `cell.data` names them.
+        device: auto, cpu or cuda.
+
+    Raises:
+        ConfigError: no such device here, or a model that does not start as the rules say.
+    """
+    where = pick_device(device)
+    torch.manual_seed(cell.seed)
+    model, plans = build(cell)
+    check_init(plans)
+    model.to(where)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for step in range(cell.train.steps):
+            x, y = batch(
+                corpus,
+                seed=cell.seed,
+                step=step,
+                batch_seqs=cell.train.batch_seqs,
+                context_tokens=cell.model.context_tokens,
+            )
+            yield x.to(where), y.to(where)
+
+    def loss(logits: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+    optimizer = make_optimizer(cell, plans, where)
+    return coordinate_rows(model, gpt_sites(model), optimizer, batches(), loss, clip_norm=cell.optimizer.clip_norm)
 
 
 def gradient_rows(plans: Sequence[ParameterPlan]) -> list[dict[str, Any]]:
