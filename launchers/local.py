@@ -147,7 +147,7 @@ class LocalLauncher:
             **os.environ,
             **LAUNCH_ENV,
             **dict.fromkeys(THREAD_VARIABLES, str(self._threads)),
-            "PYTHONPATH": _search_path(),
+            "PYTHONPATH": search_path(),
             "PYTHONUNBUFFERED": "1",
         }
         gpu = None
@@ -309,7 +309,7 @@ class _Worker:
         return text
 
 
-def _search_path() -> str:
+def search_path() -> str:
     """Return where this process finds modules, so that a worker finds a user's training function in
     the same place.
     """

@@ -21,7 +21,7 @@ from supar_sweep.training.corpus import check_files, fingerprint, resolve
 from supar_sweep.training.cost import flops_per_step, most_together, relative_cost, threads_for
 from supar_sweep.training.environment import memory_of_machine_gb, versions, visible_gpus
 
-LAUNCHERS = ("local",)
+LAUNCHERS = ("local", "slurm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +43,14 @@ def make_launcher(settings: Settings) -> Launcher:
         ConfigError: an unknown launcher, or a setting that it does not have.
     """
     config, runtime = launcher_config(settings), settings.runtime()
+    made: Launcher
+    if not isinstance(config, LocalConfig):
+        made = room("launchers.slurm").SlurmLauncher(
+            config, threads=runtime.threads or 1, folder=settings.runs_dir / "slurm"
+        )
+        return made
     gpus = visible_gpus() if trains_on_gpu(runtime.device) else {}
-    made: Launcher = room("launchers.local").LocalLauncher(
+    made = room("launchers.local").LocalLauncher(
         processes=config.processes or len(gpus) or (1 if trains_on_gpu(runtime.device) else None),
         threads=runtime.threads or 1,
         gpus=list(gpus),
@@ -82,13 +88,14 @@ def trains_on_gpu(device: str, driver: Path = Path("/dev/nvidiactl")) -> bool:
     return device == "cuda" or (device == "auto" and driver.exists())
 
 
-def launcher_config(settings: Settings) -> LocalConfig:
+def launcher_config(settings: Settings) -> Any:
     """Return the launcher's own settings, checked. Raises ConfigError as `make_launcher`."""
     plain = settings.plain["launcher"]
     name = plain.get("name")
     if name not in LAUNCHERS:
         raise ConfigError("launcher.name", "no such launcher", value=name, allowed=LAUNCHERS, nearest_to=str(name))
-    return decode(LocalConfig, plain, prefix="launcher")
+    schema = LocalConfig if name == "local" else room("launchers.slurm_config").SlurmConfig
+    return decode(schema, plain, prefix="launcher")
 
 
 def experiment_of(settings: Settings) -> Experiment:
