@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -46,6 +47,30 @@ class Cluster:
         """A field of `scontrol show job`, such as JobState; "" where SLURM has forgotten the job."""
         shown = self.ask("scontrol", "--oneliner", "show", "job", job, check=False)
         return next((word.partition("=")[2] for word in shown.split() if word.startswith(f"{name}=")), "")
+
+    def kill_node(self, node: str, *, with_jobs: bool) -> None:
+        """Kill a node's daemon, and its jobs with it (power is gone) or not (the network is)."""
+        daemons, steps, processes = [], [], []
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                command = (process / "cmdline").read_text().rstrip("\0").split("\0")
+                environment = (process / "environ").read_text(errors="replace").split("\0")
+                if f"SUPAR_DEV_CLUSTER={self.folder}" in environment and command[-2:] == ["-N", node]:
+                    daemons.append(int(process.name))
+                elif {f"SLURM_CONF={self.environment['SLURM_CONF']}", f"SLURMD_NODENAME={node}"} <= {*environment}:
+                    processes.append(int(process.name))
+                    parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+                    steps += [parent] if "slurmstepd" in Path(f"/proc/{parent}/cmdline").read_text() else []
+        assert daemons, f"{node} is not running"
+        # the daemons first: they would tell of the others' end
+        for pid in [*daemons, *(steps + processes if with_jobs else [])]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def start_node(self, node: str) -> None:
+        """Start a node's daemon again."""
+        marked = {**os.environ, **self.environment, "SUPAR_DEV_CLUSTER": str(self.folder)}
+        subprocess.run(["slurmd", "-N", node], env=marked, check=True)
 
     def wait_for(self, condition: Callable[[], object], timeout_s: float = 60) -> None:
         """Wait until the condition holds; show the queue where it never does."""

@@ -2,9 +2,11 @@
 
     python -m supar_sweep.training.slurm_job <array folder> <function> <timeout_s> <signal_delay_s>
 
-    SIGTERM (preemption, scontrol requeue, scancel)   save at the next step and leave with 143: SLURM requeues or cancels
-    SIGUSR2 near the time limit                       save, ask SLURM for a requeue, leave with 143
-    SIGUSR2 before that                               a preemption, on sites that announce it so: as SIGTERM
+    SIGUSR2 near the time limit           timeout: save at the next step, ask SLURM for a requeue, leave with 143
+    SIGTERM or SIGUSR2 while the job is   preempted: as above. SLURM has announced a preemption, and would take a process
+    still RUNNING for SLURM               that leaves before its grace is over for one that has failed
+    SIGTERM at any other time             cancelled: save and leave with 143. SLURM knows what it wants to do next (scancel,
+                                          scontrol requeue, a preemption without a grace)
 
 What the cells' own records say is the truth; the exit code (0, 1 = a cell failed, 143) is for people who read sacct.
 """
@@ -36,6 +38,7 @@ EARLY_S = 65.0
 """SLURM may send the time limit's signal up to a minute early."""
 
 BUSY_POLL_S = 2.0
+ANSWER_S = 20.0
 LEFT = 128 + signal.SIGTERM
 SETTLED = ("done", "diverged", "failed", "oom")
 """Ends that a requeued element does not try again: data, and what would only fail once more."""
@@ -62,9 +65,9 @@ class Signals:
             os.write(2, f"{signal.Signals(number).name}: {self.why}, saving\n".encode())
 
     def _meaning(self, number: int) -> Stop:
-        if number == signal.SIGTERM:
-            return "cancelled"
-        return "timeout" if time.monotonic() - self._begun_s >= self._limit_near_s else "preempted"
+        if number == signal.SIGUSR2 and time.monotonic() - self._begun_s >= self._limit_near_s:
+            return "timeout"
+        return "preempted" if number == signal.SIGUSR2 or state_now() == "RUNNING" else "cancelled"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -88,8 +91,9 @@ def main(arguments: Sequence[str]) -> int:
             prepare_process(int(left[0]["runtime"]["threads"]))
         before = {job["cell_id"]: steps_done(job) for job in left}
         ends |= train(left, find(function), signals)
-        if signals.why == "timeout" and (stopped := [job for job in left if ends[job["cell_id"]] not in SETTLED]):
-            again(element, stopped, before)
+        stopped = [job for job in left if ends[job["cell_id"]] not in SETTLED]
+        if stopped and (signals.why == "preempted" or (signals.why == "timeout" and got_further(stopped, before))):
+            again(element, stopped)
     if signals.why is not None and any(end not in SETTLED for end in ends.values()):
         return LEFT
     return int(any(end not in ("done", "diverged") for end in ends.values()))
@@ -122,21 +126,41 @@ def train(jobs: Sequence[Job], run: RunCells, signals: Signals) -> dict[str, str
     return ends
 
 
-def again(element: str, stopped: Sequence[Job], before: Mapping[str, int]) -> None:
-    """Ask SLURM to start the element once more, as often as its cells get further each time; note in the records where it
-    does not.
+def state_now() -> str:
+    """Return what SLURM calls this job now, "" where it does not answer."""
+    with suppress(OSError, subprocess.TimeoutExpired):
+        command = ["squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "--Format=State:|"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S).stdout.strip().strip("|")
+    return ""
+
+
+def got_further(stopped: Sequence[Job], before: Mapping[str, int]) -> bool:
+    """Return whether any cell has more steps than it had; note in the records that there will be no requeue where none has.
 
     Args:
-        element: "<job id>_<index>".
         stopped: jobs of the cells that the time limit ended.
         before: steps that each had when the element started.
     """
-    if not any(steps_done(job) > before[job["cell_id"]] for job in stopped):
-        note(stopped, "not requeued: no step was saved since this start")
-        return
-    asked = subprocess.run(["scontrol", "requeue", element], capture_output=True, text=True)
-    if asked.returncode != 0:
-        note(stopped, f"not requeued: {' '.join(asked.stderr.split())}")
+    if any(steps_done(job) > before[job["cell_id"]] for job in stopped):
+        return True
+    note(stopped, "not requeued: no step was saved since this start")
+    return False
+
+
+def again(element: str, stopped: Sequence[Job]) -> None:
+    """Ask SLURM to start the element once more; note in the records where it refuses.
+
+    Args:
+        element: "<job id>_<index>".
+        stopped: jobs of the cells that were not at their end.
+    """
+    try:
+        asked = subprocess.run(["scontrol", "requeue", element], capture_output=True, text=True, timeout=ANSWER_S)
+        refusal = " ".join(asked.stderr.split()) if asked.returncode != 0 else ""
+    except (OSError, subprocess.TimeoutExpired) as error:
+        refusal = str(error)
+    if refusal:
+        note(stopped, f"not requeued: {refusal}")
 
 
 def note(jobs: Sequence[Job], text: str) -> None:
