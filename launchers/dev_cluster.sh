@@ -312,8 +312,10 @@ CONF
     wait_for 60 sacctmgr -n list cluster || give_up "slurmdbd does not answer" # its first start makes the tables
     sacctmgr -i add cluster dev >/dev/null || give_up "sacctmgr"
     if [ "${knob[max_submit_jobs]}" -gt 0 ]; then
-        { sacctmgr -i add account dev && sacctmgr -i add user "$user" account=dev maxsubmitjobs="${knob[max_submit_jobs]}"; } \
-            >"$folder/log/sacctmgr.log" 2>&1 || give_up "sacctmgr"
+        { # root is there from the start, with an account of its own
+            { sacctmgr -i add account dev && sacctmgr -i add user "$user" account=dev; } || [ "$user" = root ]
+            sacctmgr -i modify user where name="$user" set maxsubmitjobs="${knob[max_submit_jobs]}"
+        } >"$folder/log/sacctmgr.log" 2>&1 || give_up "sacctmgr"
     fi
 fi
 

@@ -8,9 +8,10 @@ died without one is waited for without end where a site has no accounting.
 from __future__ import annotations
 
 import shlex
+import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +20,11 @@ from typing import Self
 
 from supar_sweep.errors import RecordError
 from supar_sweep.sweep.arrays import NAME_PREFIX, ArrayFolder, OwnRecord, is_of, own_record
+from supar_sweep.sweep.files import write_file
 from supar_sweep.sweep.jobs import Event, Job, folder_of
 from supar_sweep.sweep.records import CellFolder, End
 from supar_sweep.training.environment import LAUNCH_ENV
+from supar_sweep.training.slurm_job import SETTLED
 from supar_sweep.training.worker import RUN_CELLS
 
 from .local import LAST_WORDS_CHARS, THREAD_VARIABLES, search_path
@@ -46,6 +49,7 @@ class SlurmLauncher:
 
     Raises:
         ConfigError: no SLURM here, or an option that its sbatch does not have.
+        SuparError: its controller does not answer.
     """
 
     name = "slurm"
@@ -54,15 +58,17 @@ class SlurmLauncher:
         self._slurm = Slurm()
         if config.sbatch:
             config.check_options(self._slurm.options())
+        self._max_array_size = self._slurm.max_array_size()
         self._config, self._threads, self._function = config, threads, function
         self._folder = folder.absolute()
         self.slots = config.max_elements
         self._gathered: list[list[Job]] = []
+        self._batches: list[_Batch] = []
         self._elements: dict[str, _Element] = {}
-        self._left_over: dict[str, _Element] | None = None
+        self._left_over: dict[str, tuple[str, ArrayFolder]] = {}
         self._events: list[Event] = []
         self._cancelled = False
-        self._submit_at_s = self._look_at_s = 0.0
+        self._submit_at_s = self._look_at_s = self._left_over_until_s = 0.0
 
     # -- the protocol ------------------------------------------------------------------------------
 
@@ -78,12 +84,12 @@ class SlurmLauncher:
         """
         deadline_s = time.monotonic() + timeout_s
         while True:
-            if self._gathered and time.monotonic() >= self._submit_at_s:
+            if (self._gathered or self._batches) and time.monotonic() >= self._submit_at_s:
                 self._submit_gathered()
             if self._elements and time.monotonic() >= self._look_at_s:
                 self._look()
             now_s = time.monotonic()
-            if self._events or now_s >= deadline_s or not (self._gathered or self._elements):
+            if self._events or now_s >= deadline_s or not (self._gathered or self._batches or self._elements):
                 found, self._events = self._events, []
                 return found
             time.sleep(min(TICK_S, deadline_s - now_s))
@@ -91,10 +97,18 @@ class SlurmLauncher:
     def cancel(self, *, now: bool = False) -> None:
         """Drop what was not submitted; have SLURM end the rest: asked to save first, or killed `now`."""
         self._cancelled = True
-        self._events += [Event(job["cell_id"], "cancelled") for group in self._gathered for job in group]
+        kept_back = [*self._gathered, *(group for batch in self._batches for group in batch.groups)]
+        self._events += [Event(job["cell_id"], "cancelled") for group in kept_back for job in group]
+        for batch in self._batches:
+            if batch.array is not None:
+                self._slurm.cancel_name(batch.array.job_name)
         self._gathered.clear()
+        self._batches.clear()
         whole = {element.array.key for element in self._elements.values() if not element.adopted}
-        ids = {each if element.array.key not in whole else each.partition("_")[0] for each, element in self._elements.items()}
+        ids = {
+            each if element.array.key not in whole else each.partition("_")[0]
+            for each, element in self._elements.items()
+        }
         self._slurm.cancel(sorted(ids), now=now)
         self._look_at_s = 0.0
 
@@ -115,43 +129,57 @@ class SlurmLauncher:
     # -- submission --------------------------------------------------------------------------------
 
     def _submit_gathered(self) -> None:
-        """Submit what was gathered as arrays, as large as SLURM takes them."""
-        groups, self._gathered = self._gathered, []
-        size = self._slurm.max_array_size()
-        chunks = [groups[start : start + size] for start in range(0, len(groups), size)]
-        shares = parallelism([len(chunk) for chunk in chunks], self._config.array_parallelism)
-        for chunk, share in zip(chunks, shares, strict=True):
-            self._submit_chunk(chunk, share)
-
-    def _submit_chunk(self, groups: list[list[Job]], at_once: int) -> None:
-        """Submit groups as one array; as smaller ones where the queue is nearly full, and later where it is full."""
-        size = len(groups)
-        while groups:
-            chunk = groups[:size]
+        """Submit what was gathered as arrays: as large as SLURM takes them, smaller ones where the queue is nearly full, later
+        where it is full or its controller away.
+        """
+        if self._gathered:
+            groups, self._gathered = self._gathered, []
+            size = self._max_array_size
+            chunks = [groups[start : start + size] for start in range(0, len(groups), size)]
+            shares = parallelism([len(chunk) for chunk in chunks], self._config.array_parallelism)
+            self._batches += [_Batch(chunk, share) for chunk, share in zip(chunks, shares, strict=True)]
+        # an answer of sbatch's that was lost may have been a yes
+        known = self._slurm.arrays() if any(batch.array for batch in self._batches) else {}
+        while self._batches and known is not None:
+            batch = self._batches.pop(0)
             try:
-                self._submit_array(chunk, at_once)
+                self._submit_batch(batch, known)
             except Refused as refused:
-                if not refused.full:
-                    message = f"sbatch refused: {refused}"
-                    self._events += [Event(job["cell_id"], "failed", message) for group in groups for job in group]
-                    return
-                if size == 1:
-                    self._gathered += groups
-                    self._submit_at_s = time.monotonic() + self._config.poll_s
-                    return
-                size //= 2
-            else:
-                groups = groups[size:]
+                self._not_now(batch, refused)
+                if not refused.full and not refused.unsure:
+                    continue
+                if not (refused.full and len(batch.groups) > 1):
+                    break
+        if self._batches:
+            self._submit_at_s = time.monotonic() + self._config.poll_s
 
-    def _submit_array(self, groups: Sequence[Sequence[Job]], at_once: int) -> None:
-        array = ArrayFolder.new(self._folder, groups)
-        script = array.path / "submission.sh"
-        script.write_text(self.script(array, len(groups), at_once), encoding="utf-8")
-        job_id = self._slurm.sbatch(script)
+    def _submit_batch(self, batch: _Batch, known: Mapping[str, str]) -> None:
+        array = batch.array or ArrayFolder.new(self._folder, batch.groups)
+        batch.array = array
+        job_id = known.get(array.job_name)
+        if job_id is None:
+            script = array.path / "submission.sh"
+            write_file(script, self.script(array, len(batch.groups), batch.at_once))
+            job_id = self._slurm.sbatch(script)
         array.note_submitted(job_id)
         now_s = time.monotonic()
-        for index, group in enumerate(groups):
+        for index, group in enumerate(batch.groups):
             self._elements[f"{job_id}_{index}"] = _Element(array, _folders(group), last_live_s=now_s)
+
+    def _not_now(self, batch: _Batch, refused: Refused) -> None:
+        """Take back what sbatch refused: for later, in two halves where the queue is full, for good otherwise."""
+        if refused.unsure:
+            self._batches.insert(0, batch)
+            return
+        if batch.array is not None:
+            shutil.rmtree(batch.array.path, ignore_errors=True)
+        half = (len(batch.groups) + 1) // 2
+        halves = [_Batch(groups, batch.at_once) for groups in (batch.groups[:half], batch.groups[half:]) if groups]
+        if refused.full:
+            self._batches[:0] = halves
+        else:
+            message = f"sbatch refused: {refused}"
+            self._events += [Event(job["cell_id"], "failed", message) for group in batch.groups for job in group]
 
     def script(self, array: ArrayFolder, n: int, at_once: int) -> str:
         """Return the batch script of an array.
@@ -201,36 +229,36 @@ class SlurmLauncher:
     # -- arrays of a launcher that is gone ---------------------------------------------------------
 
     def _adopted(self, job: Job) -> bool:
-        """Return whether an element that is in the queue already trains the cell: then that is followed."""
-        if self._left_over is None:
+        """Return whether an element that is in the queue already will train the cell: then that is followed."""
+        if time.monotonic() >= self._left_over_until_s:
             self._left_over = self._find_left_over()
-        for element_id, element in self._left_over.items():
-            if (folder := element.waiting.get(job["cell_id"])) is not None:
-                mine = self._elements.setdefault(
-                    element_id, _Element(element.array, {}, last_live_s=time.monotonic(), adopted=True)
-                )
-                mine.waiting[job["cell_id"]] = folder
-                return True
-        return False
+            self._left_over_until_s = time.monotonic() + self._config.poll_s
+        if job["cell_id"] not in self._left_over:
+            return False
+        each, array = self._left_over[job["cell_id"]]
+        if own_record(folder_of(job), array.key).end in SETTLED:
+            return False
+        mine = self._elements.setdefault(each, _Element(array, {}, last_live_s=time.monotonic(), adopted=True))
+        mine.waiting[job["cell_id"]] = folder_of(job)
+        return True
 
-    def _find_left_over(self) -> dict[str, _Element]:
-        names = self._slurm.names() or {}
+    def _find_left_over(self) -> dict[str, tuple[str, ArrayFolder]]:
+        """Return the element and the array of each cell that an array of this folder has in the queue."""
         arrays = {
             job_id: ArrayFolder(self._folder / name.removeprefix(NAME_PREFIX))
-            for job_id, name in names.items()
+            for name, job_id in (self._slurm.arrays() or {}).items()
             if name.startswith(NAME_PREFIX) and (self._folder / name.removeprefix(NAME_PREFIX)).is_dir()
         }
-        if not arrays:
-            return {}
-        live = {each for each, report in (self._slurm.queue([names[job] for job in arrays]) or {}).items() if report.live}
+        reports = self._slurm.queue([array.job_name for array in arrays.values()]) if arrays else None
         found = {}
         for job_id, array in arrays.items():
             with suppress(RecordError):
                 if array.job_id() is None:
                     array.note_submitted(job_id)
                 for index, group in enumerate(array.groups()):
-                    if f"{job_id}_{index}" in live:
-                        found[f"{job_id}_{index}"] = _Element(array, _folders(group), last_live_s=0.0)
+                    each = f"{job_id}_{index}"
+                    if reports and each in reports and reports[each].live:
+                        found |= {job["cell_id"]: (each, array) for job in group}
         return found
 
     # -- following ---------------------------------------------------------------------------------
@@ -302,6 +330,21 @@ ENDS: dict[str, End] = {
     "failed": "failed",
     "cancelled": "cancelled",
 }
+
+
+@dataclass
+class _Batch:
+    """Groups that are to be one array.
+
+    Args:
+        groups: the jobs of each element.
+        at_once: how many of them may run at once.
+        array: its folder, where sbatch was asked and its answer lost.
+    """
+
+    groups: list[list[Job]]
+    at_once: int
+    array: ArrayFolder | None = None
 
 
 @dataclass

@@ -61,7 +61,9 @@ class SlurmConfig:
             if dashed in FIXED:
                 raise ConfigError(f"sbatch.{name}", "is the launcher's own", value=value)
             if not isinstance(value, (str, int, float)) or value is False:
-                raise ConfigError(f"sbatch.{name}", "must be text, a number, or true for an option without a value", value=value)
+                raise ConfigError(
+                    f"sbatch.{name}", "must be text, a number, or true for an option without a value", value=value
+                )
         if self.signal_delay_s >= self.timeout_min * 60:
             raise ConfigError(
                 "signal_delay_s", "leaves no time before it", value=self.signal_delay_s, allowed="< 60 * timeout_min"
@@ -76,7 +78,9 @@ class SlurmConfig:
         allowed = sorted(set(known) - SET_ELSEWHERE.keys() - {*FIXED})
         for name in self.sbatch:
             if name.replace("_", "-") not in known:
-                raise ConfigError(f"launcher.sbatch.{name}", "no such option of sbatch", allowed=allowed, nearest_to=name)
+                raise ConfigError(
+                    f"launcher.sbatch.{name}", "no such option of sbatch", allowed=allowed, nearest_to=name
+                )
 
 
 def options_in(usage: str) -> set[str]:

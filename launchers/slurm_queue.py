@@ -14,8 +14,12 @@ from supar_sweep.errors import ConfigError, SuparError
 from .slurm_config import options_in
 from .state import Report
 
+IDS_A_CALL = 1000
 ANSWER_S = 120.0
 """A controller under load may take so long; one that is being restarted does not answer at all."""
+
+UNSURE = re.compile(r"unable to contact|timed out|connection (refused|reset|timed)|did not answer", re.IGNORECASE)
+"""What it says where the controller was not reached, or its answer was lost: the array may be there all the same."""
 
 FULL = re.compile(r"(Max|Grp)SubmitJobs?|temporarily un(able|available)", re.IGNORECASE)
 """What sbatch says where the queue takes no more now, and may later."""
@@ -33,6 +37,7 @@ class Refused(SuparError):
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.full = bool(FULL.search(text))
+        self.unsure = bool(UNSURE.search(text))
 
 
 class Slurm:
@@ -46,7 +51,9 @@ class Slurm:
         for command in ("sbatch", "squeue", "scancel", "scontrol", "srun"):
             if shutil.which(command) is None:
                 allowed = "a machine of the cluster; without one, launchers/dev_cluster.sh makes a small one"
-                raise ConfigError("launcher", f"needs SLURM, and {command} is not on PATH", value="slurm", allowed=allowed)
+                raise ConfigError(
+                    "launcher", f"needs SLURM, and {command} is not on PATH", value="slurm", allowed=allowed
+                )
         self._accounting: bool | None = None
         # Inside a job, SLURM's variables describe that job, and sbatch would take them for ours.
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SLURMD_"))}
@@ -104,12 +111,13 @@ class Slurm:
             found[element] = Report(state, reason, code, int(restarts) if restarts.isdecimal() else 0)
         return found
 
-    def names(self) -> dict[str, str] | None:
-        """Return the name of each of the user's arrays in the queue by job id; None = the controller does not answer."""
+    def arrays(self) -> dict[str, str] | None:
+        """Return the job id of each of the user's arrays in the queue by name; None = the controller does not answer."""
         answer = self._ask("squeue", "-h", "--me", "--Format=ArrayJobID:|,Name:|")
         if answer.returncode != 0:
             return None
-        return dict(line.strip().split("|")[:2] for line in answer.stdout.splitlines())
+        rows = (line.strip().split("|") for line in answer.stdout.splitlines())
+        return {name: job_id for job_id, name, *_ in rows}
 
     def accounts(self, job_ids: Sequence[str]) -> dict[str, Report]:
         """Return what the accounting tells of each element; {} where a site has none, or it does not answer.
@@ -128,10 +136,15 @@ class Slurm:
 
     def cancel(self, ids: Sequence[str], *, now: bool) -> None:
         """End arrays or elements: asked first, and killed after the cluster's KillWait; `now`: killed."""
-        if ids:
+        for start in range(0, len(ids), IDS_A_CALL):
+            some = ids[start : start + IDS_A_CALL]
             if now:
-                self._ask("scancel", "--full", "--signal=KILL", *ids)
-            self._ask("scancel", *ids)
+                self._ask("scancel", "--full", "--signal=KILL", *some)
+            self._ask("scancel", *some)
+
+    def cancel_name(self, name: str) -> None:
+        """End whatever array has the name, should there be one."""
+        self._ask("scancel", "--me", f"--name={name}")
 
 
 def read_accounts(text: str) -> dict[str, Report]:
@@ -168,7 +181,9 @@ def _elements(job: str) -> list[str]:
 
 def _line(text: str) -> str:
     """Return an error's text in one line, without SLURM's prefixes."""
-    return "; ".join(re.sub(r"^\w+: (error|fatal): ", "", line) for line in text.splitlines() if line.strip()) or "no word"
+    return (
+        "; ".join(re.sub(r"^\w+: (error|fatal): ", "", line) for line in text.splitlines() if line.strip()) or "no word"
+    )
 
 
 def environment_of_job(variables: Mapping[str, str]) -> list[str]:

@@ -67,10 +67,15 @@ class Cluster:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
-    def start_node(self, node: str) -> None:
-        """Start a node's daemon again."""
+    def kill_controller(self) -> None:
+        """Kill slurmctld, as a crash does."""
+        os.kill(int((self.folder / "run" / "slurmctld.pid").read_text()), signal.SIGKILL)
+
+    def start_controller(self) -> None:
+        """Start slurmctld again, and wait until it answers."""
         marked = {**os.environ, **self.environment, "SUPAR_DEV_CLUSTER": str(self.folder)}
-        subprocess.run(["slurmd", "-N", node], env=marked, check=True)
+        subprocess.run(["slurmctld"], env=marked, check=True, capture_output=True)
+        self.wait_for(lambda: " is UP" in self.ask("scontrol", "ping", check=False))
 
     def wait_for(self, condition: Callable[[], object], timeout_s: float = 60) -> None:
         """Wait until the condition holds; show the queue where it never does."""

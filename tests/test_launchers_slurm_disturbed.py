@@ -196,4 +196,3 @@ def test_a_process_that_works_on_is_waited_for(told: dict[str, Future[tuple[Job,
     assert event.end == "done", event
     assert_whole_curve(job, 500)
     assert len(starts(job)) == 1, "nobody trained the cell beside its living process"
-

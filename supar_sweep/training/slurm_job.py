@@ -113,8 +113,9 @@ def train(jobs: Sequence[Job], run: RunCells, signals: Signals) -> dict[str, str
     ends: dict[str, str] = {}
 
     def tell(cell_id: str, end: str, message: str) -> None:
+        if ends.get(cell_id) != end:
+            print(f"{cell_id}: {end}{': ' if message else ''}{message}", flush=True)
         ends[cell_id] = end
-        print(f"{cell_id}: {end}{': ' if message else ''}{message}", flush=True)
 
     while jobs:
         work(jobs, run, lambda: signals.why, tell)  # type: ignore[arg-type, return-value]
