@@ -205,6 +205,7 @@ class SlurmLauncher:
         executor.update_parameters(
             **{name: value for name, value in wanted.items() if value is not None},
             job_name=array.job_name,
+            wckey=None,  # submitit has one of its own, which a site that keeps a list of them refuses
             time=config.timeout_min,
             nodes=1,
             ntasks_per_node=1,
@@ -250,7 +251,7 @@ class SlurmLauncher:
             if name.startswith(NAME_PREFIX) and (self._folder / name.removeprefix(NAME_PREFIX)).is_dir()
         }
         reports = self._slurm.queue([array.job_name for array in arrays.values()]) if arrays else None
-        found = {}
+        found: dict[str, tuple[str, ArrayFolder]] = {}
         for job_id, array in arrays.items():
             with suppress(RecordError):
                 if array.job_id() is None:

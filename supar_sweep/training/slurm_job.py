@@ -14,9 +14,9 @@ What the cells' own records say is the truth; the exit code (0, 1 = a cell faile
 from __future__ import annotations
 
 import faulthandler
+import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -33,6 +33,8 @@ from supar_sweep.sweep.jobs import Job, folder_of
 from supar_sweep.training.environment import prepare_process
 from supar_sweep.training.member import Stop
 from supar_sweep.training.worker import RUN_CELLS, RunCells, find, work
+
+log = logging.getLogger(__name__)
 
 EARLY_S = 65.0
 """SLURM may send the time limit's signal up to a minute early."""
@@ -78,12 +80,13 @@ def main(arguments: Sequence[str]) -> int:
     """
     signals = Signals(float(arguments[2]), float(arguments[3]))
     faulthandler.enable()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
     folder, function = ArrayFolder(Path(arguments[0])), arguments[1]
     index = int(os.environ["SLURM_ARRAY_TASK_ID"])
     element = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{index}"
-    facts = {"restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")), "node": os.environ.get("SLURMD_NODENAME", "")}
-    print(f"{element} on {facts['node'] or socket.gethostname()}, start {facts['restarts'] + 1}", flush=True)
-    jobs = [stamped(job, folder.key, element, **facts) for job in folder.groups()[index]]
+    restarts, node = int(os.environ.get("SLURM_RESTART_COUNT", "0")), os.environ.get("SLURMD_NODENAME", "")
+    log.info("%s on %s, start %d", element, node, restarts + 1)
+    jobs = [stamped(job, folder.key, element, node=node, restarts=restarts) for job in folder.groups()[index]]
     ends = {job["cell_id"]: own_record(folder_of(job), folder.key).end or "" for job in jobs}
     left = [job for job in jobs if ends[job["cell_id"]] not in SETTLED]
     if left:
@@ -114,7 +117,7 @@ def train(jobs: Sequence[Job], run: RunCells, signals: Signals) -> dict[str, str
 
     def tell(cell_id: str, end: str, message: str) -> None:
         if ends.get(cell_id) != end:
-            print(f"{cell_id}: {end}{': ' if message else ''}{message}", flush=True)
+            log.info("%s: %s%s%s", cell_id, end, ": " if message else "", message)
         ends[cell_id] = end
 
     while jobs:
@@ -166,7 +169,7 @@ def again(element: str, stopped: Sequence[Job]) -> None:
 
 def note(jobs: Sequence[Job], text: str) -> None:
     """Add to the message of each cell's last end."""
-    print(text, flush=True)
+    log.info(text)
     for job in jobs:
         with suppress(RecordError, IndexError):
             path = folder_of(job).attempts()[-1] / "end.json"
