@@ -6,6 +6,7 @@
 #                                    TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 # ARGS="size=smoke"                  further words for `supar-sweep quickstart`
 # PYTEST_ARGS="-k rules -n 0"        further arguments for pytest
+# BENCH_ARGS="--only a"              further arguments for the benchmarks (--help lists them)
 #
 # All paths are relative: the checkout may stand in a folder with spaces in its name.
 
@@ -13,6 +14,7 @@ PYTHON ?=
 TORCH ?= torch
 ARGS ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 # Passed through the environment: pasted into the recipe, `torch>=2.6` would be a redirection.
 export PYTHON TORCH
@@ -21,7 +23,7 @@ export PYTHON TORCH
 .ONESHELL:
 SHELL := /bin/sh
 .SHELLFLAGS := -euc
-.PHONY: help quickstart test check lint types format setup clean
+.PHONY: help quickstart test bench check lint types format setup clean
 
 help: ## this list
 	@sed -n 's/^# \{0,1\}//; /^$$/q; p' Makefile
@@ -32,6 +34,9 @@ quickstart: setup ## tune, transfer, sweep and draw on this machine's CPU, in mi
 
 test: setup ## the whole test suite
 	@.venv/bin/python -m pytest -n auto $(PYTEST_ARGS)
+
+bench: setup ## the benchmarks: tables, bars, a results file; half an hour on a quiet machine
+	@.venv/bin/python -m benchmarks $(BENCH_ARGS)
 
 check: lint types ## lint and types
 

@@ -6,11 +6,11 @@ error of oneDNN's route against float64. What a run chooses by itself is the las
 
 from __future__ import annotations
 
-import statistics
-import time
+from functools import partial
 
 import torch
 
+from benchmarks.machine import interleaved_s
 from supar_sweep.sparse.linear import ROUTES, MaskedLinear, choose_route, set_route
 from supar_sweep.sweep.tables import render
 
@@ -18,21 +18,10 @@ TOKENS, ROUNDS = 512, 30
 SHAPES = [(64, 64), (256, 256), (256, 1024), (1024, 1024), (2048, 2048)]
 
 
-def pass_s(layer: MaskedLinear, x: torch.Tensor) -> float:
-    """Return the seconds of one forward and backward pass."""
-    begun_s = time.perf_counter()
+def one_pass(layer: MaskedLinear, x: torch.Tensor, route: str) -> None:
+    """Run one forward and backward pass on a route."""
+    set_route(layer, route)
     layer(x).sum().backward()
-    return time.perf_counter() - begun_s
-
-
-def interleaved(layer: MaskedLinear, x: torch.Tensor) -> dict[str, float]:
-    """Return each route's median over ROUNDS, the routes taken in turn so that a drifting machine hits both."""
-    times: dict[str, list[float]] = {route: [] for route in ROUTES}
-    for _ in range(ROUNDS):
-        for route, seen in times.items():
-            set_route(layer, route)
-            seen.append(pass_s(layer, x))
-    return {route: statistics.median(seen) for route, seen in times.items()}
 
 
 def main() -> None:
@@ -43,7 +32,7 @@ def main() -> None:
         layer = MaskedLinear(fan_in, fan_out, bias=False)
         torch.nn.init.normal_(layer.weight)
         x = torch.randn(TOKENS, fan_in, requires_grad=True)
-        median_s = interleaved(layer, x)
+        median_s = interleaved_s({route: partial(one_pass, layer, x, route) for route in ROUTES}, ROUNDS)
         exact = x.detach().double() @ layer.weight.detach().double().T
         set_route(layer, "onednn")
         error = ((layer(x).double() - exact).abs().max() / exact.abs().max()).item()
@@ -60,7 +49,7 @@ def main() -> None:
             }
         )
     title = f"{TOKENS} tokens, 1 thread, torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
-    print(render(rows, title=title))  # noqa: T201
+    print(render(rows, title=title))
 
 
 if __name__ == "__main__":

@@ -1,21 +1,21 @@
 """python benchmarks/sparse_layers.py: one sparse layer's training step, dense with a mask against its live weights alone.
 
 Prints, for each width and density, the median times of forward, both gradients and AdamW's step of a square layer in both forms,
-taken in turn in one process, and their ratio; the dense form on torch's matmul and on the route that this machine chooses. Beside
-them the bytes that each form keeps between steps. What a run chooses by itself is the last column.
+taken in turn in one process, and their ratio; the dense form on torch's matmul and on the route that this machine chooses, the
+compact one as it runs here and on torch's operators alone, in case that is the compiled kernel. Beside them the bytes that each
+form keeps between steps. What a run chooses by itself is the last column.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable, Mapping
 
 import torch
 
-from supar_sweep.sparse.compact import CompactLinear
+from benchmarks.machine import interleaved_s
+from supar_sweep.sparse.compact import CompactLinear, set_kernel
 from supar_sweep.sparse.compute import choose_compute, training_step
+from supar_sweep.sparse.kernel import choose_kernel
 from supar_sweep.sparse.linear import MaskedLinear, attach_mask, choose_route
 from supar_sweep.sparse.masks import dense_mask, live_positions
 from supar_sweep.sweep.tables import render
@@ -27,19 +27,8 @@ DENSITIES = [4, 16, 64]
 ROUNDS = 9
 
 
-def interleaved_ms(steps: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Return each step's median, the steps taken in turn so that a drifting machine hits all of them; the first is a warm-up."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds + 1):
-        for name, step in steps.items():
-            begun_s = time.perf_counter()
-            step()
-            times[name].append(1e3 * (time.perf_counter() - begun_s))
-    return {name: statistics.median(seen[1:]) for name, seen in times.items()}
-
-
 def layers(width: int, one_in: int, route: str) -> dict[str, torch.nn.Module]:
-    """Return the same square layer in its forms: dense on torch's matmul, dense on `route`, compact."""
+    """Return the same square layer in its forms: dense on torch's matmul, dense on `route`, compact, compact without a kernel."""
     n_live = width * width // one_in
     made: dict[str, torch.nn.Module] = {}
     for name, matmul in (("dense", "torch"), ("routed", route)):
@@ -47,10 +36,13 @@ def layers(width: int, one_in: int, route: str) -> dict[str, torch.nn.Module]:
         torch.nn.init.normal_(dense.weight, std=width**-0.5)
         attach_mask(dense, "weight", dense_mask(1, (width, width), n_live))
         made[name] = dense
-    compact = CompactLinear(width, width, n_live, bias=False)
-    compact.set_pattern(live_positions(1, (width, width), n_live))
-    torch.nn.init.normal_(compact.values, std=width**-0.5)
-    return {**made, "compact": compact}
+    for name in ("compact", "compact_torch"):
+        compact = CompactLinear(width, width, n_live, bias=False)
+        compact.set_pattern(live_positions(1, (width, width), n_live))
+        torch.nn.init.normal_(compact.values, std=width**-0.5)
+        made[name] = compact
+    set_kernel(made["compact_torch"], False)
+    return made
 
 
 def main() -> None:
@@ -70,7 +62,7 @@ def main() -> None:
         route = choose_route("cpu", tokens, width, width).route
         for one_in in DENSITIES:
             steps = {name: training_step(layer, batch, "cpu") for name, layer in layers(width, one_in, route).items()}
-            median_ms = interleaved_ms(steps, arguments.rounds)
+            median_ms = {name: 1e3 * s for name, s in interleaved_s(steps, arguments.rounds).items()}
             n_live = width * width // one_in
             chosen = choose_compute(
                 "cpu",
@@ -88,6 +80,7 @@ def main() -> None:
                     "dense_ms": round(median_ms["dense"], 2),
                     f"{route}_ms": round(median_ms["routed"], 2),
                     "compact_ms": round(median_ms["compact"], 2),
+                    "compact_torch_ms": round(median_ms["compact_torch"], 2),
                     "ratio": round(median_ms["dense"] / median_ms["compact"], 2),
                     "ratio_same_route": round(median_ms["routed"] / median_ms["compact"], 2),
                     # weight, gradient, two moments, a byte of mask
@@ -96,7 +89,9 @@ def main() -> None:
                 }
             )
     title = f"{batch[0]} x {batch[1]} tokens, {threads} thread(s), torch {torch.__version__}, {device_name('cpu')}"
-    print(render(rows, title=title))  # noqa: T201
+    kernel = choose_kernel("cpu")
+    title += f"; compact: {'kernel' if kernel.used else 'torch'} ({kernel.reason})"
+    print(render(rows, title=title))
 
 
 if __name__ == "__main__":

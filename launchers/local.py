@@ -1,7 +1,7 @@
 """A pool of worker processes on this machine, each with a fixed number of threads.
 
-Workers stay (torch is imported once), take one cell at a time, and are replaced when they die; the
-cell that died with one gets its end, the others go on. The pool is the project's own because the
+Workers stay (torch is imported once), take one group of cells at a time, and are replaced when they die; the
+cells that died with one get their end, the others go on. The pool is the project's own because the
 standard ones break as a whole when one member is killed.
 """
 
@@ -17,8 +17,8 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections import deque
-from collections.abc import Mapping
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -27,7 +27,7 @@ from supar_sweep.errors import RecordError
 from supar_sweep.sweep.jobs import Event, Job, folder_of
 from supar_sweep.sweep.records import End
 from supar_sweep.training.environment import LAUNCH_ENV
-from supar_sweep.training.worker import GUARDED, RUN_CELL
+from supar_sweep.training.worker import GUARDED, RUN_CELLS
 
 from .state import describe_exit
 
@@ -43,9 +43,10 @@ class LocalLauncher:
     Args:
         processes: workers, >= 1; None = as many as cores // threads, at least 1.
         threads: threads of each, >= 1.
+        gpus: each worker sees one of these, the one with the fewest workers (CUDA_VISIBLE_DEVICES); none = what is there.
         log_folder: gets what the workers print, a file each; empty ones are removed at the end.
         grace_s: how long `close` waits for cells to save before it kills, >= 0.
-        function: what a worker calls with a job, "module:name".
+        function: what a worker calls with a group of jobs, "module:name".
     """
 
     name = "local"
@@ -55,14 +56,15 @@ class LocalLauncher:
         *,
         processes: int | None,
         threads: int,
+        gpus: Sequence[str] = (),
         log_folder: Path,
         grace_s: float,
-        function: str = RUN_CELL,
+        function: str = RUN_CELLS,
     ) -> None:
         self.slots = processes or max(1, len(os.sched_getaffinity(0)) // threads)
-        self._threads, self._log_folder = threads, log_folder
+        self._threads, self._gpus, self._log_folder = threads, gpus, log_folder
         self._grace_s, self._function = grace_s, function
-        self._queue: deque[Job] = deque()
+        self._queue: deque[Sequence[Job]] = deque()
         self._events: list[Event] = []
         self._workers: list[_Worker] = []
         self._selector = selectors.DefaultSelector()
@@ -71,9 +73,9 @@ class LocalLauncher:
 
     # -- the protocol ------------------------------------------------------------------------------
 
-    def submit(self, job: Job) -> None:
-        """Take a job and return at once."""
-        self._queue.append(job)
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Take jobs that one worker trains together, and return at once."""
+        self._queue.append(jobs)
         self._dispatch()
 
     def events(self, timeout_s: float) -> list[Event]:
@@ -81,7 +83,7 @@ class LocalLauncher:
         when nothing is under way.
         """
         deadline_s = time.monotonic() + timeout_s
-        while not self._events and (self._queue or any(worker.job for worker in self._workers)):
+        while not self._events and (self._queue or any(worker.jobs for worker in self._workers)):
             self._listen(max(0.0, deadline_s - time.monotonic()))
             self._dispatch()
             if time.monotonic() >= deadline_s:
@@ -126,10 +128,10 @@ class LocalLauncher:
     # -- the pool ----------------------------------------------------------------------------------
 
     def _dispatch(self) -> None:
-        """Give waiting jobs to idle workers, and start workers while there are jobs for them."""
+        """Give waiting groups to idle workers, and start workers while there are groups for them."""
         while self._queue:
             if self._cancelled:
-                self._events.append(Event(self._queue.popleft()["cell_id"], "cancelled"))
+                self._events.extend(Event(job["cell_id"], "cancelled") for job in self._queue.popleft())
                 continue
             idle = next((worker for worker in self._workers if worker.idle), None)
             if idle is None:
@@ -145,12 +147,17 @@ class LocalLauncher:
             **os.environ,
             **LAUNCH_ENV,
             **dict.fromkeys(THREAD_VARIABLES, str(self._threads)),
-            "PYTHONPATH": _search_path(),
+            "PYTHONPATH": search_path(),
             "PYTHONUNBUFFERED": "1",
         }
+        gpu = None
+        if self._gpus:
+            taken = Counter(worker.gpu for worker in self._workers)
+            gpu = min(self._gpus, key=lambda name: taken[name])
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
         try:
             self._log_folder.mkdir(parents=True, exist_ok=True)
-            worker = _Worker(self._function, environment, log)
+            worker = _Worker(self._function, environment, log, gpu)
         except OSError as error:
             raise RecordError(f"cannot start a worker that logs to {log}: {error}") from error
         self._workers.append(worker)
@@ -172,7 +179,7 @@ class LocalLauncher:
         self._selector.unregister(worker.channel)
         if worker.death_fd is not None:
             self._selector.unregister(worker.death_fd)
-        if job := worker.close():
+        for job in worker.close():
             end: End = "cancelled" if self._cancelled else "failed"
             message = worker.epitaph()
             with contextlib.suppress(RecordError):
@@ -183,9 +190,10 @@ class LocalLauncher:
 class _Worker:
     """One worker process as its parent sees it."""
 
-    def __init__(self, function: str, environment: Mapping[str, str], log: Path) -> None:
-        self.job: Job | None = None
-        self.log = log
+    def __init__(self, function: str, environment: Mapping[str, str], log: Path, gpu: str | None) -> None:
+        self.jobs: dict[str, Job] = {}  # those that have not ended, by cell_id
+        self.log, self.gpu = log, gpu
+        self._busy = False
         self._job_log_bytes = 0
         self._stopping = False
         self._unread = b""
@@ -218,13 +226,14 @@ class _Worker:
 
     @property
     def idle(self) -> bool:
-        return self.job is None and not self._stopping
+        return not self._busy and not self._stopping
 
-    def give(self, job: Job) -> None:
-        self.job = job
+    def give(self, jobs: Sequence[Job]) -> None:
+        self.jobs = {job["cell_id"]: job for job in jobs}
+        self._busy = True
         with contextlib.suppress(OSError):
             self._job_log_bytes = self.log.stat().st_size
-        self._say({"job": dict(job)})
+        self._say({"jobs": [dict(job) for job in jobs]})
 
     def stop(self) -> None:
         if not self._stopping:
@@ -251,10 +260,11 @@ class _Worker:
         told = []
         for line in lines:
             answer = json.loads(line)
-            if self.job is not None and answer["cell_id"] == self.job["cell_id"]:
-                self.job = None
+            if "leaving" in answer:
+                self._busy = False
+                self._stopping |= answer["leaving"]  # its GPU context may be broken: no further job for it
+            elif self.jobs.pop(answer["cell_id"], None):
                 told.append(Event(answer["cell_id"], answer["end"], answer["message"]))
-            self._stopping |= answer["leaving"]  # its GPU context may be broken: no further job for it
         return told
 
     def is_dead(self) -> bool:
@@ -277,8 +287,8 @@ class _Worker:
                 self.process.wait()
         return closed
 
-    def close(self) -> Job | None:
-        """Let go of the dead process, and return the job that died with it."""
+    def close(self) -> list[Job]:
+        """Let go of the dead process, and return the jobs that died with it."""
         self.process.wait()
         self.channel.close()
         if self.death_fd is not None:
@@ -286,7 +296,7 @@ class _Worker:
         with contextlib.suppress(OSError):
             if self.log.stat().st_size == 0:
                 self.log.unlink()
-        return self.job
+        return list(self.jobs.values())
 
     def epitaph(self) -> str:
         """Return how it died, with the last line that it printed while at this job and where to
@@ -299,7 +309,7 @@ class _Worker:
         return text
 
 
-def _search_path() -> str:
+def search_path() -> str:
     """Return where this process finds modules, so that a worker finds a user's training function in
     the same place.
     """

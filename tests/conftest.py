@@ -7,7 +7,6 @@ is a failure, so a machine that is meant to have it cannot lose it silently.
 
 import os
 import shutil
-import subprocess
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -35,15 +34,7 @@ class Requirement(NamedTuple):
 
 
 def _no_slurm() -> str | None:
-    if shutil.which("sinfo") is None:
-        return "no SLURM: sinfo is not on PATH"
-    try:
-        answer = subprocess.run(["sinfo", "-h"], capture_output=True, text=True, timeout=30)
-    except subprocess.TimeoutExpired:
-        return "no SLURM: sinfo does not answer"
-    if answer.returncode != 0:
-        return f"no SLURM: sinfo says {answer.stderr.strip()!r}"
-    return None
+    return None if shutil.which("sinfo") else "no SLURM: sinfo is not on PATH"
 
 
 def _no_browser() -> str | None:
@@ -61,11 +52,17 @@ def _no_root() -> str | None:
     return None if os.geteuid() == 0 else f"not root: effective user id {os.geteuid()}"
 
 
+def _no_compiler() -> str | None:
+    names = ("c++", "g++", "clang++")
+    return None if any(map(shutil.which, names)) else f"no C++ compiler: none of {', '.join(names)}"
+
+
 REQUIREMENTS = {
-    "slurm": Requirement("a SLURM that answers sinfo", _no_slurm),
+    "slurm": Requirement("SLURM's packages, of which launchers/dev_cluster.sh makes a cluster", _no_slurm),
     "browser": Requirement("a Chromium or Chrome on PATH", _no_browser),
     "gpu": Requirement("a CUDA device that torch sees", _no_gpu),
     "root": Requirement("the superuser", _no_root),
+    "compiler": Requirement("a C++ compiler on PATH", _no_compiler),
 }
 
 
@@ -98,6 +95,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_xdist_auto_num_workers() -> int:
     """At most eight: tests start worker processes of their own, each with a torch."""
     return min(8, len(os.sched_getaffinity(0)))
+
+
+@pytest.fixture(params=["torch", pytest.param("kernel", marks=pytest.mark.compiler)])
+def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What computes the compact layers: torch's operators, then the compiled kernel."""
+    from supar_sweep.sparse import kernel
+
+    if request.param == "kernel":
+        choice = kernel.choose_kernel("cpu")
+        assert choice.used, choice.reason
+    else:
+        monkeypatch.setattr(kernel, "_library", lambda: (None, "switched off by a test"))
+    return str(request.param)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +24,7 @@ from supar_sweep.sweep.records import Attempt
 
 RUN = "tests.fake_cells:run"
 STEPS = 12
-EXIT, KILLED, RAISES, DIES_ONCE, SLOW, DIVERGES, SAYS_DONE, SEGFAULTS, GPU_FAILS = range(1000, 1009)
+EXIT, KILLED, RAISES, DIES_ONCE, SLOW, DIVERGES, SAYS_DONE, SEGFAULTS, GPU_FAILS, CROWDED = range(1000, 1010)
 
 
 def loss(cell: CellConfig, step: int) -> float:
@@ -32,7 +32,19 @@ def loss(cell: CellConfig, step: int) -> float:
     return 5 / step + cell.hparams.lr * cell.model.width + cell.seed * 1e-6
 
 
-def run(job: Mapping[str, Any], *, should_stop: Callable[[], bool]) -> str:
+def run(
+    jobs: Sequence[Mapping[str, Any]], *, should_stop: Callable[[], bool], ended: Callable[[str, str, str], None]
+) -> None:
+    """Train made-up cells one after another."""
+    for job in jobs:
+        if job["cell"]["seed"] == CROWDED and len(jobs) > 1:
+            ended(job["cell_id"], "oom", "no room for all of us")
+            continue
+        end = run_one(job, should_stop=should_stop)
+        ended(job["cell_id"], end, (folder_of(job).last_end() or {}).get("message", "") if end == "failed" else "")
+
+
+def run_one(job: Mapping[str, Any], *, should_stop: Callable[[], bool]) -> str:
     """Train a made-up cell as its seed says: the worker's side of the records, with checkpoints
     every step.
     """

@@ -405,7 +405,7 @@ def test_durations_have_two_units(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-def test_cells_on_a_gpu_get_one_worker_unless_asked_otherwise(tmp_path: Path) -> None:
+def test_a_machine_with_a_driver_trains_on_its_gpu(tmp_path: Path) -> None:
     driver = tmp_path / "nvidiactl"
     assert not trains_on_gpu("auto", driver)
     driver.touch()

@@ -58,6 +58,7 @@ def at_live(dense: Any, of: Tensor) -> Tensor:
     return of[dense.weight_mask]
 
 
+@pytest.mark.usefixtures("product")
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("feature_major", [True, False])
@@ -82,6 +83,7 @@ def test_forward_and_gradients_are_the_dense_layers(
         assert near(compact.bias.grad, dense.bias.grad, dtype)
 
 
+@pytest.mark.usefixtures("product")
 def test_two_feature_major_layers_in_a_row_agree_with_two_dense_ones() -> None:
     dense_up, up = pair(torch.float64, feature_major=True)
     generator = torch.Generator().manual_seed(5)
@@ -104,6 +106,7 @@ def test_two_feature_major_layers_in_a_row_agree_with_two_dense_ones() -> None:
     assert near(up.values.grad, at_live(dense_up, dense_up.weight.grad), torch.float64)
 
 
+@pytest.mark.usefixtures("product")
 def test_it_is_a_linear_map_with_the_patterns_zeros() -> None:
     _, compact = pair(torch.float64, bias=False)
     columns = compact(torch.eye(FAN_IN, dtype=torch.float64)).detach().T
@@ -113,6 +116,7 @@ def test_it_is_a_linear_map_with_the_patterns_zeros() -> None:
     assert compact.density == N_LIVE / (FAN_IN * FAN_OUT)
 
 
+@pytest.mark.usefixtures("product")
 def test_rows_and_columns_without_a_live_weight_give_zeros() -> None:
     compact = CompactLinear(4, 5, 1, bias=False)
     compact.set_pattern(LivePositions(np.array([2], np.int32), np.array([3], np.int32), (5, 4)))

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from supar_sweep.errors import CheckpointError, ConfigError
+from supar_sweep.sparse import kernel
 from supar_sweep.sparse.compact import CompactLinear, compact_layers
 from supar_sweep.sparse.linear import MaskedLinear
 from supar_sweep.training.corpus import Corpus, load_corpus
 from supar_sweep.training.cost import memory_gb, sparse_shapes
-from supar_sweep.training.train import Trainer
+from supar_sweep.training.trainer import Trainer
 from tests.short_runs import run
 from tests.tiny import tiny_cell, tiny_runtime
 
@@ -32,6 +33,7 @@ def forms(cell: Any, form: str) -> dict[str, str]:
     return dict.fromkeys(sparse_shapes(cell), form)
 
 
+@pytest.mark.usefixtures("product")
 @pytest.mark.parametrize("precision", TOLERANCE)
 @pytest.mark.parametrize(
     "overrides",
@@ -97,6 +99,7 @@ def test_a_layer_without_dead_weights_is_never_compact(corpus: Corpus) -> None:
     assert kinds == {CompactLinear, MaskedLinear}
 
 
+@pytest.mark.usefixtures("product")
 @pytest.mark.parametrize(
     "overrides", [{}, {"optimizer": SGD}, {"train.precision": "bfloat16"}], ids=["adamw", "sgd", "bf16"]
 )
@@ -113,6 +116,38 @@ def test_a_stopped_compact_run_goes_on_to_the_same_bits(
     assert second.begun["compute"] == forms(cell, "compact")
     assert first.lines + second.lines == whole_sink.lines
     assert (done.train_loss, done.val_loss) == (whole.train_loss, whole.val_loss)
+
+
+@pytest.mark.compiler
+def test_a_run_begun_without_the_kernel_goes_on_without_it(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    off = (None, "switched off by a test")
+    answers = iter([None] * 7 + ["timeout"])
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel, "_library", lambda: off)
+        _, whole = run(corpus, runtime=COMPACT)
+        _, first = run(corpus, runtime=COMPACT, should_stop=lambda: next(answers))
+    assert (first.begun["kernel"], first.begun["kernel_reason"]) == (False, off[1])
+    _, second = run(corpus, runtime=COMPACT, resume=first.saved[7])
+    assert (second.begun["kernel"], second.begun["kernel_reason"]) == (False, "the checkpoint's")
+    assert first.lines + second.lines == whole.lines
+    assert second.warned == []
+
+
+@pytest.mark.compiler
+def test_a_run_begun_with_the_kernel_says_where_it_goes_on_without(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([None] * 7 + ["timeout"])
+    _, whole = run(corpus, runtime=COMPACT)
+    _, first = run(corpus, runtime=COMPACT, should_stop=lambda: next(answers))
+    assert first.begun["kernel"]
+    monkeypatch.setattr(kernel, "_library", lambda: (None, "no compiler"))
+    _, second = run(corpus, runtime=COMPACT, resume=first.saved[7])
+    assert not second.begun["kernel"]
+    assert "no compiler" in second.warned[0]
+    assert second.losses() == pytest.approx(whole.losses()[7:], abs=TOLERANCE["float32"])
+    # a dense run has no use for it, and nothing to say
+    assert not run(corpus)[1].begun["kernel"]
 
 
 @pytest.mark.parametrize("overrides", [{}, {"optimizer": SGD}], ids=["adamw", "sgd"])

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from supar_sweep.errors import BusyError, RecordError, SuparError
+from supar_sweep.sweep.cohorts import Price
 from supar_sweep.sweep.complete import Summary, complete
 from supar_sweep.sweep.files import read_json
 from supar_sweep.sweep.grid import GridPoint
@@ -25,7 +26,7 @@ from supar_sweep.sweep.status import (
     status_counts,
 )
 from supar_sweep.sweep.submission import Plan, make_plan
-from supar_sweep.training.worker import RUN_CELL
+from supar_sweep.training.worker import RUN_CELLS
 from tests import fake_cells
 from tests.grids import Told, alive, curves, experiment, plan_of, pool, run, seeds, start, wait_for, worker_pids
 from tests.tiny import tiny_cell, tiny_runtime
@@ -75,7 +76,7 @@ def test_points_that_train_the_same_way_share_a_cell_and_have_a_row_each(runs_di
 
 def test_the_dear_cells_go_first(runs_dir: Path) -> None:
     plan = plan_of([{"model.width": width} for width in (32, 128, 64)])
-    run(runs_dir, plan, processes=1, cost=lambda planned: planned.cell["model"]["width"])
+    run(runs_dir, plan, processes=1, price=lambda planned: Price(planned.cell["model"]["width"]))
     started = {
         point["width"]: read_json(folder.attempts()[0] / "attempt.json")
         for point, folder in zip(plan.points, folders(experiment(runs_dir).store, plan).values(), strict=True)
@@ -302,7 +303,7 @@ def real_plan(runs: Path) -> Plan:
 
 
 def real_run(runs: Path) -> Summary:
-    return run(runs, real_plan(runs), processes=1, function=RUN_CELL)
+    return run(runs, real_plan(runs), processes=1, function=RUN_CELLS)
 
 
 @pytest.mark.slow

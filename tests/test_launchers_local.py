@@ -11,6 +11,8 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from tests.tiny import tiny_cell
 
 def through(launcher: Launcher, jobs: list[dict[str, Any]]) -> dict[str, Event]:
     for job in jobs:
-        launcher.submit(job)
+        launcher.submit([job])
     ends: dict[str, Event] = {}
     while len(ends) < len(jobs):
         for event in launcher.events(30):
@@ -97,6 +99,43 @@ def test_a_worker_whose_gpu_failed_is_replaced_before_the_next_cell(runs_dir: Pa
     assert first != second == third
 
 
+def test_jobs_that_were_given_together_end_one_by_one(runs_dir: Path) -> None:
+    jobs = [job_of(runs_dir, seed) for seed in (0, fake_cells.SLOW, 1)]
+    with pool(runs_dir, processes=2) as launcher:
+        launcher.submit(jobs)
+        first = launcher.events(30)
+        assert [event.cell_id for event in first] == [jobs[0]["cell_id"]]  # told while the slow one is at work
+        rest = launcher.events(30)
+        while len(rest) < 2:
+            rest += launcher.events(30)
+    assert [event.end for event in first + rest] == ["done"] * 3
+    pids = {json.loads((folder_of(job).attempts()[0] / "attempt.json").read_text())["pid"] for job in jobs}
+    assert len(pids) == 1
+
+
+def test_all_that_had_not_ended_die_with_their_worker(runs_dir: Path) -> None:
+    jobs = [job_of(runs_dir, seed) for seed in (0, fake_cells.EXIT, 1)]
+    with pool(runs_dir, processes=1) as launcher:
+        launcher.submit(jobs)
+        events = {event.cell_id: event for _ in range(2) for event in launcher.events(30)}
+    ends = [events[job["cell_id"]] for job in jobs]
+    assert [(event.end, event.died) for event in ends] == [("done", False), ("failed", True), ("failed", True)]
+    assert (folder_of(jobs[1]).last_end() or {})["end"] == "failed"  # what it left is ended in its record
+    assert folder_of(jobs[2]).attempts() == []  # never begun
+
+
+def test_a_function_that_does_not_say_how_a_cell_ended_fails_it(runs_dir: Path) -> None:
+    with pool(runs_dir, processes=1, function="tests.test_launchers_local:silent") as launcher:
+        ends = through(launcher, [job_of(runs_dir, 0)])
+    (event,) = ends.values()
+    assert (event.end, event.died) == ("failed", False)
+    assert "did not say" in event.message
+
+
+def silent(jobs: object, *, should_stop: object, ended: object) -> None:
+    """A training function that forgets to tell."""
+
+
 def test_a_function_that_cannot_be_found_fails_each_job_with_the_reason(runs_dir: Path) -> None:
     with pool(runs_dir, processes=1, function="tests.fake_cells:missing") as launcher:
         ends = through(launcher, [job_of(runs_dir, seed) for seed in (0, 1)])
@@ -112,7 +151,7 @@ def test_each_worker_has_its_threads_and_sleeps_when_idle(runs_dir: Path) -> Non
         grace_s=30.0,
         function="tests.test_launchers_local:tell",
     ) as launcher:
-        launcher.submit(job_of(runs_dir, 0))
+        launcher.submit([job_of(runs_dir, 0)])
         (event,) = launcher.events(30)
     told = json.loads((runs_dir / "told").read_text())
     assert event.end == "done"
@@ -120,10 +159,25 @@ def test_each_worker_has_its_threads_and_sleeps_when_idle(runs_dir: Path) -> Non
     assert told["OMP_WAIT_POLICY"] == "PASSIVE"
 
 
-def tell(job: dict[str, Any], *, should_stop: object) -> str:
+def tell(jobs: list[dict[str, Any]], *, should_stop: object, ended: Callable[..., None]) -> None:
     """What a worker is told of its environment."""
-    (Path(job["store"]).parent / "told").write_text(json.dumps(dict(os.environ)))
-    return "done"
+    (Path(jobs[0]["store"]).parent / "told").write_text(json.dumps(dict(os.environ)))
+    ended(jobs[0]["cell_id"], "done")
+
+
+def test_each_worker_has_a_gpu_of_its_own_while_there_are_enough(runs_dir: Path) -> None:
+    jobs = [job_of(runs_dir, seed) for seed in range(3)]
+    with pool(runs_dir, processes=3, gpus=["0", "GPU-7f"], function="tests.test_launchers_local:tell_gpu") as launcher:
+        through(launcher, jobs)
+    seen = sorted((runs_dir / job["cell_id"]).read_text() for job in jobs)
+    assert seen in (["0", "0", "GPU-7f"], ["0", "GPU-7f", "GPU-7f"])
+
+
+def tell_gpu(jobs: list[dict[str, Any]], *, should_stop: object, ended: Callable[..., None]) -> None:
+    """What a worker sees of the GPUs; slow enough for each job to get its own worker."""
+    (Path(jobs[0]["store"]).parent / jobs[0]["cell_id"]).write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+    time.sleep(1)
+    ended(jobs[0]["cell_id"], "done")
 
 
 def test_as_many_workers_as_cores_unless_told(runs_dir: Path) -> None:
@@ -137,8 +191,8 @@ def test_as_many_workers_as_cores_unless_told(runs_dir: Path) -> None:
 def test_cancel_saves_what_runs_and_drops_what_waits(runs_dir: Path) -> None:
     slow, waiting = job_of(runs_dir, fake_cells.SLOW), job_of(runs_dir, 1)
     with pool(runs_dir, processes=1) as launcher:
-        launcher.submit(slow)
-        launcher.submit(waiting)
+        launcher.submit([slow])
+        launcher.submit([waiting])
         checkpoint = folder_of(slow).path / "checkpoints" / "last.json"
         wait_for(checkpoint.exists)
         launcher.cancel()
@@ -154,7 +208,7 @@ def test_cancel_saves_what_runs_and_drops_what_waits(runs_dir: Path) -> None:
 def test_cancel_now_kills(runs_dir: Path) -> None:
     slow = job_of(runs_dir, fake_cells.SLOW)
     with pool(runs_dir, processes=1) as launcher:
-        launcher.submit(slow)
+        launcher.submit([slow])
         wait_for((folder_of(slow).path / "checkpoints" / "last.json").exists)
         launcher.cancel(now=True)
         (event,) = launcher.events(30)
@@ -166,7 +220,7 @@ def test_cancel_now_kills(runs_dir: Path) -> None:
 def test_a_worker_asked_to_leave_saves_and_the_pool_goes_on(runs_dir: Path) -> None:
     slow, next_one = job_of(runs_dir, fake_cells.SLOW), job_of(runs_dir, 1)
     with pool(runs_dir, processes=1) as launcher:
-        launcher.submit(slow)
+        launcher.submit([slow])
         wait_for((folder_of(slow).path / "checkpoints" / "last.json").exists)
         info = json.loads((folder_of(slow).attempts()[0] / "attempt.json").read_text())
         os.kill(info["pid"], signal.SIGINT)  # the terminal's, not its own
@@ -179,17 +233,16 @@ def test_a_worker_asked_to_leave_saves_and_the_pool_goes_on(runs_dir: Path) -> N
     assert ends[next_one["cell_id"]].end in ("done", "failed")
 
 
-def hang_up(job: dict[str, Any], *, should_stop: object) -> str:
+def hang_up(jobs: object, *, should_stop: object, ended: object) -> None:
     """A worker that says no more to its parent and does not end, as in a driver's teardown."""
     socket.socket(fileno=int(sys.argv[1])).shutdown(socket.SHUT_RDWR)
     threading.Event().wait()
-    return "done"
 
 
 def test_a_worker_that_hung_up_and_does_not_end_is_killed(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "LEAVE_S", 0.2)
     with pool(runs_dir, processes=1, function="tests.test_launchers_local:hang_up") as launcher:
-        launcher.submit(job_of(runs_dir, 0))
+        launcher.submit([job_of(runs_dir, 0)])
         (event,) = launcher.events(30)
     assert (event.end, event.died) == ("failed", True)
     assert "signal 9" in event.message
@@ -201,7 +254,7 @@ from tests.grids import pool, job_of, fake_cells
 runs = pathlib.Path(sys.argv[1])
 launcher = pool(runs)
 for seed in (fake_cells.SLOW, 1, 2):
-    launcher.submit(job_of(runs, seed))
+    launcher.submit([job_of(runs, seed)])
 while True:
     launcher.events(1)
 """

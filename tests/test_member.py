@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from supar_sweep.training.member import Member, stop_reason
-from supar_sweep.training.train import _read
+from supar_sweep.training.train import read
 from tests.tiny import tiny_cell
 
 
@@ -84,7 +84,7 @@ def test_reading_losses_late_finds_the_same_step() -> None:
     sink = LineSink()
     late = member(sink)
     unread = [(step, torch.tensor(loss), torch.tensor(1.0), 0.5) for step, loss in enumerate(losses, start=1)]
-    assert _read(late, unread)
+    assert read(late, unread)
     assert late.outcome("done", 4).steps_done == 3
     assert not unread
     assert [line["step"] for line in sink.lines] == [1, 2, 3]

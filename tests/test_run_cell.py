@@ -27,7 +27,16 @@ from supar_sweep.training.run_cell import run_cell
 from tests.tiny import end_of, folder_of, result_of, tiny_job
 
 EVERY_2 = {"checkpoint_every_steps": 2}
-RESUMED_ONLY = {"attempt", "pid", "started_s", "resumed_from_step", "route_reason", "compute_reason", "warnings"}
+RESUMED_ONLY = {
+    "attempt",
+    "pid",
+    "started_s",
+    "resumed_from_step",
+    "route_reason",
+    "compute_reason",
+    "kernel_reason",
+    "warnings",
+}
 TIMES = {"wall_s", "train_s"}
 
 
@@ -303,20 +312,20 @@ def test_a_job_is_plain_json_and_a_moved_store_still_works(tmp_path: Path) -> No
 
 FREED = """
 import gc, sys, weakref
-from supar_sweep.training import environment, train
+from supar_sweep.training import environment, trainer
 from supar_sweep.training.corpus import load_corpus
 from tests.short_runs import run
 from tests.tiny import tiny_cell
 
 environment.prepare_process(1)
-built, models = train.build, []
+built, models = trainer.build, []
 
 def build(*arguments):
     model, plans = built(*arguments)
     models.append(weakref.ref(model))
     return model, plans
 
-train.build = build
+trainer.build = build
 gc.disable()
 run(load_corpus(tiny_cell().data), runtime={"compute": sys.argv[1]})
 sys.exit(len(models) != 1 or models[0]() is not None)

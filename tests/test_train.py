@@ -20,7 +20,8 @@ from supar_sweep.training.corpus import Corpus, load_corpus
 from supar_sweep.training.data import batch, val_batches
 from supar_sweep.training.optim import lr_factor
 from supar_sweep.training.tags import tag
-from supar_sweep.training.train import Trainer, pick_device, train
+from supar_sweep.training.train import train
+from supar_sweep.training.trainer import Trainer, pick_device
 from tests.short_runs import ListSink, run
 from tests.tiny import tiny_cell, tiny_runtime
 

@@ -46,6 +46,7 @@ def test_a_cell_whose_worker_was_told_to_leave_is_tried_again(runs_dir: Path) ->
     with pool(runs_dir, processes=1) as launcher:
         training = trainer(runs_dir, launcher)
         training.submit(tiny_cell(seed=fake_cells.SLOW))
+        assert training.ends(0) == []
         wait_for(lambda: list(runs_dir.glob("cells/*/*/checkpoints/last.json")))
         (pid,) = worker_pids(runs_dir)
         os.kill(pid, signal.SIGTERM)

@@ -6,6 +6,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from supar_sweep.cli.launch import (
@@ -16,11 +17,13 @@ from supar_sweep.cli.launch import (
     make_launcher,
     price,
     shape_key,
+    with_threads,
 )
 from supar_sweep.cli.main import INTERRUPTED
 from supar_sweep.cli.output import emit, say
 from supar_sweep.cli.progress import Live, duration
 from supar_sweep.cli.settings import FIGURE, Settings
+from supar_sweep.config.decode import encode
 from supar_sweep.config.schema import CellConfig
 from supar_sweep.errors import ConfigError
 from supar_sweep.sweep.complete import Summary, complete
@@ -50,7 +53,7 @@ def plan(settings: Settings) -> int:
         "states": {state: counts[state] for state in STATES if counts[state]},
         "flops": sum(row["flops"] for row in rows),
         "flops_left": sum(row["flops_left"] for row in rows),
-        "flops_left_computed": sum(row["flops_left_computed"] for row in rows),
+        "flops_left_dense": sum(row["flops_left_dense"] for row in rows),
         "peak_memory_gb": max(row["memory_gb"] for row in rows),
         "records_gb": sum(map(_record_bytes, grid.cells.values())) / 1e9,
     }
@@ -70,10 +73,11 @@ _PLAN_COLUMNS = {
     "left": "left",
     "parameters": "parameters",
     "live": "live",
-    "memory_gb": "GB each",
+    "memory_gb": "GB dense",
+    "compact_memory_gb": "GB compact",
     "flops": "FLOPs",
     "flops_left": "FLOPs left",
-    "flops_left_computed": "computed left",
+    "flops_left_dense": "dense left",
 }
 
 
@@ -82,7 +86,7 @@ def _plan_title(total: Mapping[str, Any]) -> str:
     return (
         f"{total['experiment']}: {total['points']} points, {total['cells']} cells ({by_state}); "
         f"{total['flops']:.3g} FLOPs of live weights, {total['flops_left']:.3g} left "
-        f"({total['flops_left_computed']:.3g} as computed, masked zeros included); "
+        f"({total['flops_left_dense']:.3g} if every layer is computed dense); "
         f"records {total['records_gb']:.3g} GB"
     )
 
@@ -108,9 +112,10 @@ def _shape_rows(cells: Mapping[str, CellConfig], left: Mapping[str, CellConfig])
                 "parameters": count.total,
                 "live": count.live,
                 "memory_gb": memory_gb(cell),
+                "compact_memory_gb": memory_gb(cell, compact=True),
                 "flops": len(members) * flops(cell),
                 "flops_left": n_left * flops(cell),
-                "flops_left_computed": n_left * flops(cell, dense_compute=True),
+                "flops_left_dense": n_left * flops(cell, dense_compute=True),
             }
         )
     return rows
@@ -123,6 +128,9 @@ def _record_bytes(cell: CellConfig) -> float:
 def run(settings: Settings) -> int:
     """Make the grid complete; return 0 when every cell is, 1 when not, 130 after Ctrl-C."""
     grid = freeze(settings)
+    found = states(experiment_of(settings), grid.plan)
+    settings = with_threads(settings, [cell for this, cell in grid.cells.items() if not found[this].complete])
+    grid = replace(grid, plan=replace(grid.plan, runtime=encode(settings.runtime())))
     with make_launcher(settings) as launcher:
         summary = train(settings, grid, launcher)
     row = {"experiment": settings.experiment, **summary.counts, "skipped": summary.skipped}
@@ -143,8 +151,15 @@ def train(settings: Settings, grid: Grid, launcher: Launcher) -> Summary:
     """Return what came of the grid. Progress, troubles and where the records are go to stderr."""
     say(f"{settings.experiment}: {len(grid.plan.points)} points, {len(grid.cells)} cells")
     experiment = experiment_of(settings)
+    price_of = price(settings, launcher)
     with Live(settings.experiment) as progress:
-        summary = complete(experiment, grid.plan, launcher, cost=price(grid), progress=progress)
+        summary = complete(
+            experiment,
+            grid.plan,
+            launcher,
+            price=lambda planned: price_of(grid.cells[planned.cell_id]),
+            progress=progress,
+        )
     for trouble in summary.troubles:
         log = f" (see {trouble.log})" if trouble.log else ""
         say(f"{trouble.n} {trouble.end}, first {trouble.cell}: {trouble.message}{log}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,15 @@ from supar_sweep.cli.settings import Settings
 from supar_sweep.config.decode import decode
 from supar_sweep.config.schema import CellConfig, DataConfig, check_ranges, setting
 from supar_sweep.errors import ConfigError
+from supar_sweep.sweep.cohorts import Price
 from supar_sweep.sweep.grid import GridPoint
 from supar_sweep.sweep.jobs import Launcher
-from supar_sweep.sweep.submission import Experiment, Plan, PlannedCell, make_plan, provenance
+from supar_sweep.sweep.submission import Experiment, Plan, make_plan, provenance
 from supar_sweep.training.corpus import check_files, fingerprint, resolve
-from supar_sweep.training.cost import flops_per_step
-from supar_sweep.training.environment import versions
+from supar_sweep.training.cost import flops_per_step, most_together, relative_cost, threads_for
+from supar_sweep.training.environment import memory_of_machine_gb, versions, visible_gpus
 
-LAUNCHERS = ("local",)
+LAUNCHERS = ("local", "slurm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,7 @@ class LocalConfig:
     """conf/launcher/local.yaml."""
 
     name: str = setting("local", choices=("local",))
-    processes: int | None = setting("workers; null = cores // runtime.threads, or 1 that has the GPU", ge=1)
+    processes: int | None = setting("workers; null = cores // runtime.threads, or one a GPU", ge=1)
     grace_s: float = setting("how long cells may take to save when stopped", ge=0)
 
     def __post_init__(self) -> None:
@@ -40,14 +42,40 @@ def make_launcher(settings: Settings) -> Launcher:
     Raises:
         ConfigError: an unknown launcher, or a setting that it does not have.
     """
-    config = launcher_config(settings)
-    made: Launcher = room("launchers.local").LocalLauncher(
-        processes=config.processes or (1 if trains_on_gpu(settings.runtime().device) else None),
-        threads=settings.runtime().threads,
+    config, runtime = launcher_config(settings), settings.runtime()
+    made: Launcher
+    if not isinstance(config, LocalConfig):
+        made = room("launchers.slurm").SlurmLauncher(
+            config, threads=runtime.threads or 1, folder=settings.runs_dir / "slurm"
+        )
+        return made
+    gpus = visible_gpus() if trains_on_gpu(runtime.device) else {}
+    made = room("launchers.local").LocalLauncher(
+        processes=config.processes or len(gpus) or (1 if trains_on_gpu(runtime.device) else None),
+        threads=runtime.threads or 1,
+        gpus=list(gpus),
         grace_s=config.grace_s,
         log_folder=settings.runs_dir / "logs",
     )
     return made
+
+
+def with_threads(settings: Settings, cells: Collection[CellConfig]) -> Settings:
+    """Return the settings with runtime.threads as asked; else 1, or more where fewer cells than cores are to be trained.
+
+    Args:
+        settings: the settings.
+        cells: that are to be trained at once, or one after another.
+    """
+    runtime = settings.runtime()
+    if runtime.threads is not None:
+        return settings
+    threads = 1
+    if cells and not trains_on_gpu(runtime.device):
+        cores = len(os.sched_getaffinity(0))
+        processes = min(launcher_config(settings).processes or cores, len(cells))
+        threads = min(threads_for(cell, cores // processes) for cell in cells)
+    return replace(settings, plain={**settings.plain, "runtime": {**settings.plain["runtime"], "threads": threads}})
 
 
 def trains_on_gpu(device: str, driver: Path = Path("/dev/nvidiactl")) -> bool:
@@ -60,13 +88,14 @@ def trains_on_gpu(device: str, driver: Path = Path("/dev/nvidiactl")) -> bool:
     return device == "cuda" or (device == "auto" and driver.exists())
 
 
-def launcher_config(settings: Settings) -> LocalConfig:
+def launcher_config(settings: Settings) -> Any:
     """Return the launcher's own settings, checked. Raises ConfigError as `make_launcher`."""
     plain = settings.plain["launcher"]
     name = plain.get("name")
     if name not in LAUNCHERS:
         raise ConfigError("launcher.name", "no such launcher", value=name, allowed=LAUNCHERS, nearest_to=str(name))
-    return decode(LocalConfig, plain, prefix="launcher")
+    schema = LocalConfig if name == "local" else room("launchers.slurm_config").SlurmConfig
+    return decode(schema, plain, prefix="launcher")
 
 
 def experiment_of(settings: Settings) -> Experiment:
@@ -142,18 +171,43 @@ def flops(cell: CellConfig, *, dense_compute: bool = False) -> float:
     return float(cell.train.steps) * flops_per_step(cell, dense_compute=dense_compute)
 
 
-def price(grid: Grid) -> Callable[[PlannedCell], float]:
-    """Return the relative cost of a cell, for `complete` to start the dear ones first."""
-    # what the FLOPs depend on; thousands of cells share a few of these
-    known: dict[Any, float] = {}
+def price(settings: Settings, launcher: Launcher) -> Callable[[CellConfig], Price]:
+    """Return what says of a cell what it costs beside others, and with how many of its shape it is trained.
 
-    def of(planned: PlannedCell) -> float:
-        cell = grid.cells[planned.cell_id]
-        key = shape_key(cell)
+    Args:
+        settings: runtime.cohort decides where it is set, else shape and memory.
+        launcher: whose processes share the memory.
+    """
+    runtime = settings.runtime()
+    gpus_gb = visible_gpus().values() if trains_on_gpu(runtime.device) else ()
+    device = "cuda" if gpus_gb else "cpu"
+    # of the machine a fifth is left to others; a GPU's processes share it
+    all_gb = min(gpus_gb) * len(gpus_gb) if gpus_gb else memory_of_machine_gb()
+    free_gb = 0.8 * all_gb / launcher.slots
+    # what the price depends on; thousands of cells share a few of these
+    known: dict[Any, Price] = {}
+
+    def of(cell: CellConfig) -> Price:
+        key = (*shape_key(cell), cell.data)
         if key not in known:
-            # this release multiplies by the whole masked matrix, so density saves no time
-            known[key] = flops(cell, dense_compute=True)
+            known[key] = Price(
+                cost=relative_cost(cell, compact=runtime.compute != "dense" and not runtime.compile),
+                # what training.cohort.stack_key asks for, as far as the settings know it
+                shape=(
+                    cell.model,
+                    cell.data,
+                    cell.train.batch_seqs,
+                    cell.train.accumulation_steps,
+                    cell.train.precision,
+                ),
+                together=together(cell),
+            )
         return known[key]
+
+    def together(cell: CellConfig) -> int:
+        if cell.train.target is not None or runtime.compile:
+            return 1
+        return runtime.cohort or most_together(cell, device=device, free_gb=free_gb)
 
     return of
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from supar_sweep.cli.grid import run_grid
-from supar_sweep.cli.launch import experiment_of, freeze, make_launcher
+from supar_sweep.cli.launch import experiment_of, freeze, make_launcher, with_threads
 from supar_sweep.cli.output import say
 from supar_sweep.cli.plot import draw_basins, emit_verdict, metric_of
 from supar_sweep.cli.settings import Settings
@@ -20,7 +20,8 @@ def quickstart(settings: Settings) -> int:
     # bad settings are an error now, not after the search
     metric = metric_of(settings)
     freeze(settings)
-    checked_proxy(settings)
+    proxy, _ = checked_proxy(settings)
+    settings = with_threads(settings, [proxy] * settings.study().n_trials)
     with make_launcher(settings) as launcher:
         say("1/4  tuning the dense proxy")
         winner = study(settings, launcher)

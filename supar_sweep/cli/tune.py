@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from supar_sweep.cli.idle import refuse_for_proxy
-from supar_sweep.cli.launch import check_corpora, make_launcher, submission_facts
+from supar_sweep.cli.launch import check_corpora, make_launcher, price, submission_facts, with_threads
 from supar_sweep.cli.output import emit, say
 from supar_sweep.cli.progress import Live
 from supar_sweep.cli.settings import Settings
@@ -24,6 +24,8 @@ from supar_sweep.training.corpus import fingerprint, resolve
 def tune(settings: Settings) -> int:
     """Search the proxy's hyperparameters up to the study's total budget, print the winner; return 0."""
     refuse_for_proxy(settings.given(), settings.cell())
+    proxy, _ = checked_proxy(settings)
+    settings = with_threads(settings, [proxy] * settings.study().n_trials)
     with make_launcher(settings) as launcher:
         winner = study(settings, launcher)
     emit(winner_rows(winner), format=settings.format, title=f"study {settings.study().name}")
@@ -60,6 +62,7 @@ def study(settings: Settings, launcher: Launcher) -> Winner:
         settings.runtime(),
         fingerprint=print_of_data,
         provenance=facts,
+        price=price(settings, launcher),
     )
     with Live(f"tune {settings.study().name}") as live:
         clock = _Clock()

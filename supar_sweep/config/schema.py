@@ -336,13 +336,21 @@ class RuntimeConfig:
     """How a cell is computed: nothing here changes its identity; a resumed run keeps its route, compute and threads."""
 
     device: str = setting("where to train", choices=("auto", "cpu", "cuda"))
-    threads: int = setting("torch threads a process", ge=1)
+    threads: int | None = setting("torch threads a process; null = 1, or more where cores would stand idle", ge=1)
     route: str = setting("fp32 matmul on CPU", choices=("auto", "torch", "onednn"))
     compute: str = setting("sparse layers: masked, or live weights only", choices=("auto", "dense", "compact"))
     compile: bool = setting("torch.compile the model")
+    cohort: int | None = setting("cells of one shape trained together in a process; null = chosen", default=None, ge=1)
     checkpoint_every_s: float | None = setting("seconds between checkpoints; null = by steps", ge=0)
     checkpoint_every_steps: int | None = setting("steps between checkpoints; null = by time", ge=1)
     keep_checkpoints: bool = setting("keep the last checkpoint after the result is published")
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if self.compile and (self.cohort or 1) > 1:
+            raise ConfigError(
+                "cohort",
+                "has no effect with compile=true, which compiles each cell's model",
+                value=self.cohort,
+                allowed="1 or null",
+            )

@@ -6,6 +6,8 @@ gradient to x is the same by the transposed pattern; the gradient to a value is 
 array of the layer's size. Tokens are taken in tiles of about 200, whose features fit in a core's cache: twice as fast as all
 at once from width 1024 up.
 
+On a CPU a compiled kernel does the same where it can be built (kernel.py); torch's operators are what always works.
+
 Positions come from `live_positions`, so values lie in row-major order: those of the dense layer's weight[mask].
 """
 
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from supar_sweep.errors import ConfigError
+from supar_sweep.sparse.kernel import kernel_product, kernel_takes
 from supar_sweep.sparse.linear import named_masks
 from supar_sweep.sparse.masks import LivePositions
 
@@ -55,6 +58,9 @@ class CompactLinear(nn.Module):
     Raises:
         ConfigError: n_live is out of range.
     """
+
+    kernel: bool = True
+    """Whether the compiled kernel is used where it can be; `set_kernel` sets it."""
 
     cols: Tensor
     row_starts: Tensor
@@ -139,6 +145,9 @@ class CompactLinear(nn.Module):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, values = x.to(dtype), values.to(dtype)
             bias = None if bias is None else bias.to(dtype)
+        if self.kernel and kernel_takes(x, values, bias):
+            by_feature = self.feature_major and x.dim() == 3 and _is_good_size(x.shape[1])
+            return kernel_product(x, values, bias, (self.cols, self.row_starts, self.col_starts), by_feature)
         pattern = (self.cols, self.row_starts, self.order_t, self.col_starts)
         return cast(Tensor, _CompactProduct.apply(x, values, bias, pattern, self.feature_major))  # type: ignore[no-untyped-call]
 
@@ -169,6 +178,19 @@ def named_live(module: nn.Module) -> dict[str, Tensor | LivePositions]:
 def compact_layers(module: nn.Module) -> dict[str, CompactLinear]:
     """Return dotted name -> compact layer of every one in `module`."""
     return {name: child for name, child in module.named_modules() if isinstance(child, CompactLinear)}
+
+
+def set_kernel(module: nn.Module, used: bool) -> int:
+    """Set whether the compact layers in `module` use the compiled kernel where they can; return how many there are.
+
+    Args:
+        module: any module.
+        used: False leaves all to torch, bit for bit as where there is no kernel.
+    """
+    layers = compact_layers(module).values()
+    for layer in layers:
+        layer.kernel = used
+    return len(layers)
 
 
 Pattern = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -285,11 +307,15 @@ def _tile_sizes(x: Tensor) -> list[int]:
     n_tokens = math.prod(x.shape[:-1])
     if x.device.type != "cpu":
         size = max(1, n_tokens)  # no cache to fit in, and launches for each tile
-    elif x.dim() == 3 and MIN_TILE_TOKENS <= x.shape[1] <= MAX_TILE_TOKENS:
+    elif x.dim() == 3 and _is_good_size(x.shape[1]):
         size = x.shape[1]
     else:
         size = TILE_TOKENS
     return [min(size, n_tokens - start) for start in range(0, n_tokens, size)]
+
+
+def _is_good_size(tokens: int) -> bool:
+    return MIN_TILE_TOKENS <= tokens <= MAX_TILE_TOKENS
 
 
 def _is_tiled(x: Tensor, sizes: list[int]) -> bool:

@@ -19,8 +19,8 @@ from supar_sweep.sparse.masks import dense_mask, live_positions
 
 FORMS = ("dense", "compact")
 
-MIN_COMPACT_SPEEDUP = 1.05
-"""Below this the compact form is not worth being different."""
+MIN_COMPACT_SPEEDUP = 1.15
+"""Below this the compact form is not worth being different, nor being called member by member in a cohort."""
 
 MAX_MEASURED_DENSITY = 0.5
 """Above it no compact form was ever near the dense matmul's speed, so nothing is measured."""

@@ -142,7 +142,7 @@ class MaskedLinear(nn.Module):
             x: [..., fan_in].
         """
         if self.route == "onednn" and not torch.compiler.is_compiling() and self._plain_fp32(x):
-            return cast(Tensor, _OneDnnLinear.apply(x, self.weight, self.bias))  # type: ignore[no-untyped-call]
+            return onednn_linear(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
@@ -155,6 +155,17 @@ class MaskedLinear(nn.Module):
             and x.device.type == self.weight.device.type == "cpu"
             and not torch.is_autocast_enabled("cpu")
         )
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return F.linear(x, weight, bias), computed on oneDNN's route forward and backward.
+
+    Args:
+        x: [..., fan_in], float32 on the CPU, as are the others.
+        weight: [fan_out, fan_in].
+        bias: [fan_out] or None.
+    """
+    return cast(Tensor, _OneDnnLinear.apply(x, weight, bias))  # type: ignore[no-untyped-call]
 
 
 def set_route(module: nn.Module, route: str) -> int:
@@ -293,7 +304,7 @@ def _layer_pass(shape: tuple[int, int, int], route: str, dtype: torch.dtype) -> 
 
 
 @contextmanager
-def _onednn_precision() -> Iterator[None]:
+def onednn_precision() -> Iterator[None]:
     """Route fp32 matmuls through oneDNN for the block.
 
     The setting is the process's, and it makes CPU attention about four times slower: so it stands
@@ -310,12 +321,12 @@ def _onednn_precision() -> Iterator[None]:
 
 
 class _OneDnnLinear(torch.autograd.Function):
-    """F.linear whose three matmuls run under `_onednn_precision`, and nothing else does."""
+    """F.linear whose three matmuls run under `onednn_precision`, and nothing else does."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        with _onednn_precision():
+        with onednn_precision():
             return F.linear(x, weight, bias)
 
     @staticmethod
@@ -326,7 +337,7 @@ class _OneDnnLinear(torch.autograd.Function):
         # 2-d products only, so that the weight's gradient is contiguous (fused AdamW corrupts
         # silently where a gradient's strides differ from its parameter's)
         grad_2d = grad.reshape(-1, weight.shape[0])
-        with _onednn_precision():
+        with onednn_precision():
             grad_x = (grad_2d @ weight).reshape(x.shape) if needs_x else None
             grad_weight = grad_2d.t() @ x.reshape(-1, weight.shape[1]) if needs_weight else None
         return grad_x, grad_weight, grad_2d.sum(0) if needs_bias else None

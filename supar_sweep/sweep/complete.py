@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from supar_sweep.errors import RecordError
+from supar_sweep.sweep.cohorts import Price, take
 from supar_sweep.sweep.interrupt import Interrupts
 from supar_sweep.sweep.jobs import POLL_S, RETRIES, Event, Launcher, plain_job
 from supar_sweep.sweep.records import COMPLETE_ENDS
@@ -87,7 +88,7 @@ def complete(
     plan: Plan,
     launcher: Launcher,
     *,
-    cost: Callable[[PlannedCell], float] = lambda cell: 1.0,
+    price: Callable[[PlannedCell], Price] = lambda cell: Price(),
     progress: Progress | None = None,
     retries: int = RETRIES,
     alike: int = 5,
@@ -102,8 +103,8 @@ def complete(
         experiment: where.
         plan: what.
         launcher: by whom; the caller closes it.
-        cost: relative price of a cell, > 0: the dear ones go first, so that no long one runs alone
-            at the end.
+        price: what a cell costs and what it can be trained with: the dear ones go first, and groups get smaller, so that
+            no long one runs alone at the end.
         progress: told after each change; None = nobody.
         retries: further tries of a cell whose process was lost (jobs.Event.lost), >= 0.
         alike: when so many first ends are the same failure, the rest is held, >= 1.
@@ -115,8 +116,16 @@ def complete(
     # the handlers come first: whoever can read the lock may signal its holder
     with Interrupts() as interrupts, experiment.hold():
         experiment.write(plan)
-        run = _Run(experiment, plan, launcher, cost, progress or Silent(), retries, alike)
+        run = _Run(experiment, plan, launcher, price, progress or Silent(), retries, alike)
         return run.through(interrupts)
+
+
+@dataclass(eq=False)
+class _Group:
+    """Cells that were given to one process: how many, and whether it has died."""
+
+    n: int
+    died: bool = False
 
 
 @dataclass
@@ -124,15 +133,16 @@ class _Run:
     experiment: Experiment
     plan: Plan
     launcher: Launcher
-    cost: Callable[[PlannedCell], float]
+    price: Callable[[PlannedCell], Price]
     progress: Progress
     retries: int
     alike: int
     todo: deque[str] = field(default_factory=deque)
-    under_way: set[str] = field(default_factory=set)
+    under_way: dict[str, _Group] = field(default_factory=dict)
     elsewhere: set[str] = field(default_factory=set)
     troubles: dict[str, Event] = field(default_factory=dict)
     deaths: Counter[str] = field(default_factory=Counter)
+    alone: set[str] = field(default_factory=set)
     first: list[str] = field(default_factory=list)
     held: int = 0
     interrupts: int = 0
@@ -143,15 +153,15 @@ class _Run:
         begun_s = time.monotonic()
         self.folders = folders(self.experiment.store, self.plan)
         self.states = {this: cell_state(folder) for this, folder in self.folders.items()}
-        self.costs = {this: self.cost(cell) for this, cell in self.plan.cells.items()}
+        self.prices = {this: self.price(cell) for this, cell in self.plan.cells.items()}
         self._sort_out()
         skipped = sum(state.complete for state in self.states.values())
         self.paid, self.clock_s = 0.0, time.monotonic()  # what was set aside unmended cost nothing
         self._show()
         while self.todo or self.under_way or self.elsewhere:
             self._obey(interrupts.count)
-            while self.todo and len(self.under_way) < self.launcher.slots:
-                self._submit(self.todo.popleft())
+            while self.todo and len(set(self.under_way.values())) < self.launcher.slots:
+                self._submit(take(self.todo, self.prices, self.launcher.slots, self.alone))
             if self.under_way:
                 events = self.launcher.events(POLL_S)
             else:
@@ -177,7 +187,7 @@ class _Run:
                 continue
             corrupt += [this] if state.state == "corrupt" else []
             self.todo.append(this)
-        self.todo = deque(sorted(self.todo, key=lambda this: -self.costs[this]))
+        self.todo = deque(sorted(self.todo, key=lambda this: -self.prices[this].cost))
         if corrupt:
             self.progress.message(
                 f"{_cells(len(corrupt))} had a torn record, which is set aside: trained again "
@@ -212,24 +222,27 @@ class _Run:
             self.launcher.cancel(now=True)
         self.interrupts = count
 
-    def _submit(self, this: str) -> None:
-        planned = self.plan.cells[this]
-        self.under_way.add(this)
+    def _submit(self, cells: list[str]) -> None:
+        group = _Group(len(cells))
+        self.under_way |= dict.fromkeys(cells, group)
         self.launcher.submit(
-            plain_job(
-                self.experiment.store,
-                self.folders[this],
-                planned.cell,
-                self.plan.runtime,
-                planned.fingerprint,
-                self.plan.provenance,
-            )
+            [
+                plain_job(
+                    self.experiment.store,
+                    self.folders[this],
+                    self.plan.cells[this].cell,
+                    self.plan.runtime,
+                    self.plan.cells[this].fingerprint,
+                    self.plan.provenance,
+                )
+                for this in cells
+            ]
         )
 
     def _take(self, event: Event) -> None:
         """Note how a cell ended, and what follows from it."""
         this = event.cell_id
-        self.under_way.discard(this)
+        group = self.under_way.pop(this, None) or _Group(1)
         if event.end == "busy":
             if not self.interrupts:
                 self.elsewhere.add(this)
@@ -243,27 +256,35 @@ class _Run:
         if self.interrupts:
             self.states[this] = CellState(event.end, event.message)
             return
+        known = group.died  # what one death did to a whole group is one failure
+        group.died |= event.died
         if event.lost and self.deaths[this] < self.retries:
             self.deaths[this] += 1
-            self.todo.append(this)
-            self.progress.message(
-                f"{self._name(this)}: {event.message or event.end}; try {self.deaths[this] + 1} of {self.retries + 1}"
-            )
+            self._again(event, f"try {self.deaths[this] + 1} of {self.retries + 1}")
+        elif event.end == "oom" and group.n > 1:
+            self._again(event, "again, alone")
         else:
             self._fail(event)
-        self._judge(event)
+        if not known:
+            self._judge(event)
+
+    def _again(self, event: Event, how: str) -> None:
+        """Try a cell once more, by itself: what ended it may have been another's doing, or the company's."""
+        self.alone.add(event.cell_id)
+        self.todo.append(event.cell_id)
+        self.progress.message(f"{self._name(event.cell_id)}: {event.message or event.end}; {how}")
 
     def _finish(self, this: str, state: CellState) -> None:
         self.states[this] = state
         self.troubles.pop(this, None)
         self.first.append("")
-        self.paid += self.costs[this]
+        self.paid += self.prices[this].cost
 
     def _fail(self, event: Event) -> None:
         found = cell_state(self.folders[event.cell_id])
         self.states[event.cell_id] = CellState(event.end, event.message, found.attempts, found.log)
         self.troubles[event.cell_id] = event
-        self.paid += self.costs[event.cell_id]
+        self.paid += self.prices[event.cell_id].cost
 
     def _judge(self, event: Event) -> None:
         """Hold the rest of the grid when its first ends are one and the same failure."""
@@ -299,7 +320,7 @@ class _Run:
 
     def _counts(self) -> dict[str, int]:
         waiting = {*self.todo}
-        active = self.under_way | self.elsewhere
+        active = self.under_way.keys() | self.elsewhere
         counts = Counter(
             "running" if this in active else "pending" if this in waiting else state.state
             for this, state in self.states.items()
@@ -308,7 +329,7 @@ class _Run:
 
     def _show(self) -> None:
         """Tell the progress, with an ETA from what the finished cells cost."""
-        left = sum(self.costs[this] for this in (*self.todo, *self.under_way, *self.elsewhere))
+        left = sum(self.prices[this].cost for this in (*self.todo, *self.under_way, *self.elsewhere))
         elapsed_s = time.monotonic() - self.clock_s
         eta_s = elapsed_s * left / self.paid if self.paid > 0 else None
         self.progress.update(self._counts(), eta_s)

@@ -6,7 +6,7 @@ none. No torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self
@@ -69,20 +69,23 @@ class Launcher(Protocol):
 
     @property
     def slots(self) -> int:
-        """Return how many jobs are worth handing over at once: the rest is better kept back, where
+        """Return how many calls of `submit` are worth having under way at once: the rest is better kept back, where
         it can be held.
         """
 
-    def submit(self, job: Job) -> None:
-        """Take a job and return at once. It may be gathered with others until the next call of
-        `events`.
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Take jobs that one process trains together, and return at once. They may be gathered with others until the next
+        call of `events`.
+
+        Args:
+            jobs: at least one, of different cells.
         """
 
     def events(self, timeout_s: float) -> list[Event]:
         """Return the ends since the last call, in order; wait up to `timeout_s` for the first.
 
-        Every submitted job yields exactly one event, also after `cancel`. Nothing under way:
-        returns [] at once.
+        Every submitted job yields exactly one event, as soon as it has ended, whatever it was submitted with; also after
+        `cancel`. Nothing under way: returns [] at once.
         """
 
     def cancel(self, *, now: bool = False) -> None:

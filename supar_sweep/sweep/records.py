@@ -24,7 +24,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,13 +158,29 @@ class CellFolder:
             end: how it ended.
             message: what is known of the cause.
         """
+        here = socket.gethostname()
         attempts = self.attempts()
-        if not attempts or self.is_locked() or (attempts[-1] / "end.json").exists():
+        if not attempts or (attempts[-1] / "end.json").exists():
+            return False
+        return self.close_attempt(end, message, lambda info: info.get("pid") == pid and info.get("host") == here)
+
+    def close_attempt(self, end: End, message: str, ours: Callable[[Mapping[str, Any]], bool]) -> bool:
+        """Write how the newest attempt ended, in the place of its process, or over what that had to say.
+
+        Returns whether it was written: never while a live process holds the cell.
+
+        Args:
+            end: how it ended.
+            message: what is known of the cause.
+            ours: whether the attempt's facts (attempt.json) are those of the process that is meant.
+        """
+        attempts = self.attempts()
+        if not attempts or self.is_locked():
             return False
         with suppress(RecordError):
-            info = read_json(attempts[-1] / "attempt.json") or {}
-            if info.get("pid") == pid and info.get("host") == socket.gethostname():
-                write_json(attempts[-1] / "end.json", {"end": end, "message": message})
+            if ours(read_json(attempts[-1] / "attempt.json") or {}):
+                said = read_json(attempts[-1] / "end.json") or {}
+                write_json(attempts[-1] / "end.json", {**said, "end": end, "message": message})
                 return True
         return False
 

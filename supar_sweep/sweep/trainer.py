@@ -1,4 +1,4 @@
-"""Cells trained one by one for a coordinator that decides as it goes (the tuner), over any
+"""Cells trained for a coordinator that decides as it goes (the tuner), over any
 launcher. No torch.
 """
 
@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from supar_sweep.config.schema import CellConfig, RuntimeConfig
+from supar_sweep.sweep.cohorts import Price, split
 from supar_sweep.sweep.jobs import POLL_S, RETRIES, Event, Job, Launcher, folder_of, make_job
 from supar_sweep.sweep.records import COMPLETE_ENDS, Store
 from supar_sweep.sweep.status import cell_state
@@ -38,6 +39,8 @@ class CellTrainer:
         runtime: how cells are computed.
         fingerprint: of the corpus of all these cells.
         provenance: facts of the submission.
+        price: what a cell can be trained with. Cells submitted since the last call of `ends` are trained together where
+            they can be.
         retries: further tries of a cell whose process was lost (jobs.Event.lost), >= 0.
     """
 
@@ -49,11 +52,13 @@ class CellTrainer:
         *,
         fingerprint: str,
         provenance: Mapping[str, Any],
+        price: Callable[[CellConfig], Price] = lambda cell: Price(),
         retries: int = RETRIES,
     ) -> None:
         self._store, self._launcher, self._runtime = store, launcher, runtime
         self._fingerprint, self._provenance = fingerprint, provenance
-        self._retries = retries
+        self._price, self._retries = price, retries
+        self._new: list[tuple[Job, Price]] = []
         self._jobs: dict[str, Job] = {}
         self._elsewhere: set[str] = set()
         self._deaths: Counter[str] = Counter()
@@ -70,8 +75,6 @@ class CellTrainer:
         Args:
             cell: what to train.
 
-        Raises:
-            RecordError: the launcher cannot start a process.
         """
         job = make_job(self._store, cell, self._runtime, self._fingerprint, self._provenance)
         this: str = job["cell_id"]
@@ -85,7 +88,7 @@ class CellTrainer:
         if state.state == "corrupt" and (folder_of(job).path / "result.json").exists():
             folder_of(job).set_aside_result()
         self._jobs[this] = job
-        self._launcher.submit(job)
+        self._new.append((job, self._price(cell)))
         return this
 
     def ends(self, timeout_s: float) -> list[CellEnd]:
@@ -93,8 +96,12 @@ class CellTrainer:
 
         Args:
             timeout_s: seconds; with nothing under way the answer comes at once.
+
+        Raises:
+            RecordError: the launcher cannot start a process.
         """
         deadline_s = time.monotonic() + timeout_s
+        self._launch()
         while not self._ends and self._jobs:
             left_s = deadline_s - time.monotonic()
             if left_s <= 0:
@@ -108,12 +115,20 @@ class CellTrainer:
         found, self._ends = self._ends, []
         return found
 
+    def _launch(self) -> None:
+        """Hand over what was submitted since the last time."""
+        new, self._new = self._new, []
+        for group in split(
+            [price.shape for _, price in new], [price.together for _, price in new], self._launcher.slots
+        ):
+            self._launcher.submit([new[index][0] for index in group])
+
     def _take(self, event: Event) -> None:
         if event.end == "busy":
             self._elsewhere.add(event.cell_id)
         elif event.lost and self._deaths[event.cell_id] < self._retries:
             self._deaths[event.cell_id] += 1
-            self._launcher.submit(self._jobs[event.cell_id])
+            self._launcher.submit([self._jobs[event.cell_id]])
         else:
             self._tell(self._jobs.pop(event.cell_id), event.end, event.message)
 
@@ -125,7 +140,7 @@ class CellTrainer:
                 if state.complete:
                     self._tell(self._jobs.pop(this), state.state, "")
                 else:
-                    self._launcher.submit(self._jobs[this])
+                    self._launcher.submit([self._jobs[this]])
 
     def _tell(self, job: Job, end: str, message: str) -> None:
         result = folder_of(job).result() if end in COMPLETE_ENDS else None

@@ -10,6 +10,20 @@ from supar_sweep.sparse.density import live_counts
 BYTES = {"float32": 4, "bfloat16": 4, "float64": 8}
 """Of a weight: bfloat16 is autocast's, so weights, gradients and moments stay float32."""
 
+COMPACT_FLOPS_MULT = 6.0
+"""Time of a FLOP on a live weight of a compact layer over that of a dense matmul: they break even between 1/8 and 1/4."""
+
+WORTH_STACKING_FLOPS = {"cpu": 2e9, "cuda": 1e12}
+"""A step above this is no faster for sharing its forward pass. Measured on a CPU: 1.16x at .35e9 FLOPs, 1.04x at 1.3e9,
+1.00x at 5e9. ASSUMPTION on a GPU, where none was at hand.
+"""
+
+FLOPS_A_THREAD = 2e9
+"""A further thread is worth having for every so many FLOPs of a step."""
+
+MOST_TOGETHER = {"cpu": 8, "cuda": 32}
+"""Nearly all of the gain is there with 4 to 8 on a CPU. ASSUMPTION on a GPU."""
+
 
 @dataclass(frozen=True)
 class ParameterCount:
@@ -101,6 +115,51 @@ def flops_per_step(cell: CellConfig, *, dense_compute: bool = False) -> int:
     """
     tokens = cell.train.batch_seqs * cell.model.context_tokens
     return tokens * flops_per_token(cell, dense_compute=dense_compute)
+
+
+def relative_cost(cell: CellConfig, *, compact: bool) -> float:
+    """Return what a whole run costs beside other cells: its training FLOPs, live ones weighed by what they cost in compact form.
+
+    Args:
+        cell: the cell.
+        compact: layers may be computed in compact form where that is faster.
+
+    Raises:
+        ConfigError: a density that leaves a layer without a live weight.
+    """
+    dense = flops_per_step(cell, dense_compute=True)
+    if not compact:
+        return float(cell.train.steps * dense)
+    hidden = 6 * cell.train.batch_seqs * cell.model.context_tokens * count_parameters(cell).sparse_total
+    live = flops_per_step(cell) - (dense - hidden)
+    return float(cell.train.steps * (dense - hidden + min(hidden, COMPACT_FLOPS_MULT * live)))
+
+
+def most_together(cell: CellConfig, *, device: str, free_gb: float) -> int:
+    """Return how many cells of this shape are worth training together in one process, >= 1; the process finds out how many of
+    them share a forward pass.
+
+    Args:
+        cell: one of them.
+        device: "cpu" or "cuda".
+        free_gb: memory that the process may use.
+
+    Raises:
+        ConfigError: a density that leaves a layer without a live weight.
+    """
+    if flops_per_step(cell, dense_compute=True) > WORTH_STACKING_FLOPS[device]:
+        return 1
+    return max(1, int(min(MOST_TOGETHER[device], free_gb / memory_gb(cell))))
+
+
+def threads_for(cell: CellConfig, free_cores: int) -> int:
+    """Return how many threads to train one cell with where so many cores have nothing else to do, >= 1.
+
+    Args:
+        cell: the cell.
+        free_cores: cores for this cell.
+    """
+    return max(1, min(free_cores, int(flops_per_step(cell) / FLOPS_A_THREAD)))
 
 
 def memory_gb(cell: CellConfig, *, compact: bool = False) -> float:

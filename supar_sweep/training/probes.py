@@ -23,7 +23,7 @@ from supar_sweep.training.data import batch
 from supar_sweep.training.model import GPT, build
 from supar_sweep.training.optim import make_optimizer
 from supar_sweep.training.roles import ParameterPlan, check_init
-from supar_sweep.training.train import pick_device
+from supar_sweep.training.trainer import pick_device
 
 
 @dataclass

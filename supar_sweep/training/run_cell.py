@@ -1,8 +1,7 @@
-"""run_cell(job): what a worker process is told to do, from a plain dict to a typed end, whatever
-happens in between.
+"""run_cells(jobs): what a worker process is told to do, from plain dicts to typed ends, whatever happens in between.
 
-    lock the cell - already complete? - begin an attempt - resume - train - publish - say how it
-    ended
+    lock each cell - already complete? - begin an attempt - resume - train, those of one shape together - publish - say how
+    it ended
 
 A job is a plain dict, frozen at submission: {"store", "folder", "cell_id", "cell", "runtime",
 "fingerprint", "provenance"}.
@@ -16,7 +15,7 @@ import logging
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,113 +25,229 @@ from supar_sweep.errors import BusyError, ConfigError, DataError, RecordError, S
 from supar_sweep.sweep.records import Attempt, CellFolder, End, finite
 from supar_sweep.training.checkpoint import Checkpoints
 from supar_sweep.training.corpus import Corpus, load_corpus
-from supar_sweep.training.environment import facts
+from supar_sweep.training.environment import facts, is_out_of_memory
 from supar_sweep.training.member import Outcome, ShouldStop
 
 log = logging.getLogger(__name__)
-
-_OOM_TEXTS = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 _corpora: dict[str, Corpus] = {}
 """A worker trains many cells of one corpus: read it once a process."""
 
 
 def run_cell(job: Mapping[str, Any], *, should_stop: ShouldStop = lambda: None) -> End | Literal["busy"]:
-    """Return how the cell ended: done, diverged, oom, timeout, failed, cancelled, or busy (another
-    process has it).
-
-    done and diverged have published a result; the others left an end.json with their message in
-    the attempt's folder, and are tried again by the next `run`. Exceptions of the training end
-    here.
+    """Return how one cell ended; see `run_cells`.
 
     Args:
         job: the job (see above).
-        should_stop: polled before each step; says why to stop (true = cancelled). A preempted run
-            ends as cancelled.
+        should_stop: polled before each step; says why to stop (true = cancelled).
 
     Raises:
         RecordError: the cell's folder cannot be written, or holds a torn result: there is no place
             to say how it ended but here.
     """
-    folder = CellFolder(Path(job["store"], job["folder"]))
-    if (result := folder.result()) is not None:
-        return _end_of(result)
-    try:
-        attempt = Attempt(folder, job["cell"], {"provenance": dict(job.get("provenance") or {})})
-    except BusyError:
-        return "busy"
-    with attempt:
-        if (result := folder.result()) is not None:  # published between the look above and the lock
-            shutil.rmtree(attempt.path, ignore_errors=True)
-            return _end_of(result)
-        end, message, trace = _guarded(job, attempt, should_stop)
-        if end not in ("done", "diverged"):
-            attempt.end(end, message, trace)
-            if end != "cancelled":
-                log.error("%s: %s: %s", folder.path.name, end, message)
-            if not (attempt.path / "end.json").exists():  # a full disk: hand the text on
-                raise RecordError(f"{message}; nor could this end be recorded in {attempt.path}")
+    told: list[_Told] = []
+    _run([job], should_stop, lambda _, end, message: told.append((end, message)))
+    ((end, message),) = told
+    if end == "unrecorded":
+        raise RecordError(message)
     return end
 
 
-def _end_of(result: Mapping[str, Any]) -> End:
-    end: End = result["end"]
-    return end
+def run_cells(
+    jobs: Sequence[Mapping[str, Any]],
+    *,
+    should_stop: ShouldStop = lambda: None,
+    ended: Callable[[str, str, str], None],
+) -> None:
+    """Train cells in this process, those of one shape together, and tell how each ended: done, diverged, oom, timeout, failed,
+    cancelled, or busy (another process has it).
 
+    done and diverged have published a result; the others left an end.json with their message in
+    the attempt's folder, and are tried again by the next `run`. Exceptions of the training end
+    here, and no cell's end changes another's.
 
-def _guarded(job: Mapping[str, Any], attempt: Attempt, should_stop: ShouldStop) -> tuple[End, str, str]:
-    """Return (end, message, traceback) of the work; only what asks Python itself to stop passes
-    through.
+    Args:
+        jobs: the jobs (see above), of different cells.
+        should_stop: polled before each step; says why to stop (true = cancelled). A preempted run
+            ends as cancelled.
+        ended: called once for each cell as soon as it has ended, with its cell_id, its end, and one line on the cause.
     """
+    _run(jobs, should_stop, lambda job, end, message: ended(job["cell_id"], _plain(end), message))
+
+
+_Told = tuple[End | Literal["busy", "unrecorded"], str]
+_Tell = Callable[[Mapping[str, Any], End | Literal["busy", "unrecorded"], str], None]
+
+
+def _plain(end: str) -> str:
+    return "failed" if end == "unrecorded" else end
+
+
+def _run(jobs: Sequence[Mapping[str, Any]], should_stop: ShouldStop, tell: _Tell) -> None:
+    tries = [found for job in jobs if (found := _entered(job, tell))]
     try:
-        return _work(job, attempt, should_stop)
-    except SuparError as error:  # its text says it all; the traceback is for a report
-        return "failed", str(error), traceback.format_exc()
-    except MemoryError as error:
-        return "oom", f"out of memory {error}".strip(), traceback.format_exc()
-    except (Exception, SystemExit) as error:  # a function of the user's may call sys.exit
-        kind: End = "oom" if _is_oom(error) else "failed"
-        message = f"{type(error).__name__}: {error}"
-        return kind, message.partition("\n")[0], traceback.format_exc()
+        ready = [this for this in tries if this.guarded(this.prepare)]
+        for this in [this for this in ready if this.cell.train.target]:
+            this.guarded(lambda this=this: this.finish(this.train_alone(should_stop)))  # type: ignore[misc]
+        ours = [this for this in ready if not this.cell.train.target]
+        if ours:
+            _train(ours, should_stop)
     except KeyboardInterrupt:
-        attempt.end("cancelled", "interrupted")
+        for this in tries:
+            this.interrupt()
         raise
+    finally:
+        for this in tries:
+            this.attempt.close()
 
 
-def _is_oom(error: BaseException) -> bool:
-    # torch.OutOfMemoryError is its GPU allocator's; the CPU's, the CUDA driver's (no room for one
-    # more process) and cuBLAS's are plain RuntimeErrors
-    return type(error).__name__ == "OutOfMemoryError" or any(text in str(error) for text in _OOM_TEXTS)
+def _entered(job: Mapping[str, Any], tell: _Tell) -> _Try | None:
+    """Return the cell's new attempt, or None, told, where there is nothing to do or nothing to be done."""
+    folder = CellFolder(Path(job["store"], job["folder"]))
+    try:
+        if (result := folder.result()) is None:
+            attempt = Attempt(folder, job["cell"], {"provenance": dict(job.get("provenance") or {})})
+            try:
+                if (result := folder.result()) is None:
+                    return _Try(job, attempt, tell)
+                shutil.rmtree(attempt.path, ignore_errors=True)  # published between the look above and the lock
+            finally:
+                if result is not None:
+                    attempt.close()
+        end: End = result["end"]
+        tell(job, end, "")
+    except BusyError as error:
+        tell(job, "busy", str(error))
+    except RecordError as error:
+        tell(job, "unrecorded", str(error))
+    return None
 
 
-def _work(job: Mapping[str, Any], attempt: Attempt, should_stop: ShouldStop) -> tuple[End, str, str]:
-    cell = decode(CellConfig, job["cell"], prefix="cell")
-    runtime = decode(RuntimeConfig, job["runtime"], prefix="runtime")
-    corpus = _corpus(cell.data)
-    if corpus.fingerprint != job["fingerprint"]:
-        raise DataError(
-            f"data.name={cell.data.name}: the corpus has changed since this cell was submitted "
-            f"(fingerprint {corpus.fingerprint[:12]}, was {job['fingerprint'][:12]}); restore it, "
-            "or submit again, which makes new cells"
+def _train(tries: Sequence[_Try], should_stop: ShouldStop) -> None:
+    from supar_sweep.training.train import Run, train_together
+
+    of_run: dict[int, _Try] = {}
+    runs: list[Run] = []
+
+    def begin(this: _Try) -> None:
+        run = Run(this.cell, this.runtime, this.corpus, sink=this.sink, resume=this.resume, together=len(tries))
+        this.resume = None  # its tensors are in the model now
+        of_run[id(run)] = this
+        runs.append(run)
+
+    def ended(run: Run, end: Outcome | Exception) -> None:
+        this = of_run[id(run)]
+        if isinstance(end, Exception):
+            this.fail(end)
+        else:
+            this.guarded(lambda: this.finish(end))
+
+    for this in tries:
+        this.guarded(lambda this=this: begin(this))  # type: ignore[misc]
+    train_together(runs, should_stop=should_stop, ended=ended)
+
+
+class _Try:
+    """One attempt at one cell, from its job to its told end.
+
+    Args:
+        job: the job.
+        attempt: new.
+        tell: told the end, once.
+    """
+
+    cell: CellConfig
+    runtime: RuntimeConfig
+    corpus: Corpus
+    resume: Mapping[str, Any] | None
+
+    def __init__(self, job: Mapping[str, Any], attempt: Attempt, tell: _Tell) -> None:
+        self.job, self.attempt, self._tell = job, attempt, tell
+        self.checkpoints = Checkpoints(attempt.checkpoints, job["cell_id"])
+        self.sink = AttemptSink(attempt, self.checkpoints)
+        self._begun_s = time.monotonic()
+        self._open = True
+
+    def prepare(self) -> None:
+        """Read what the job names."""
+        self.cell = decode(CellConfig, self.job["cell"], prefix="cell")
+        self.runtime = decode(RuntimeConfig, self.job["runtime"], prefix="runtime")
+        self.corpus = _corpus(self.cell.data)
+        if self.corpus.fingerprint != self.job["fingerprint"]:
+            raise DataError(
+                f"data.name={self.cell.data.name}: the corpus has changed since this cell was submitted "
+                f"(fingerprint {self.corpus.fingerprint[:12]}, was {self.job['fingerprint'][:12]}); restore it, "
+                "or submit again, which makes new cells"
+            )
+        self.resume = self.checkpoints.newest()
+
+    def train_alone(self, should_stop: ShouldStop) -> Outcome:
+        """Return what the user's own function says of this cell."""
+        train = _target(str(self.cell.train.target))
+        outcome = train(
+            self.cell, self.runtime, self.corpus, sink=self.sink, resume=self.resume, should_stop=should_stop
         )
-    train = _target(cell.train.target)
-    checkpoints = Checkpoints(attempt.checkpoints, job["cell_id"])
-    sink = AttemptSink(attempt, checkpoints)
-    begun_s = time.monotonic()
-    resume = checkpoints.newest()
-    outcome = train(cell, runtime, corpus, sink=sink, resume=resume, should_stop=should_stop)
-    if not isinstance(outcome, Outcome):
-        raise ConfigError("train.target", "must return a supar_sweep.training.member.Outcome", value=outcome)
-    if outcome.end not in ("done", "diverged"):
-        at = f"{outcome.end} after {outcome.steps_done} of {cell.train.steps} steps"
-        return ("timeout" if outcome.end == "timeout" else "cancelled"), at, ""
-    attempt.publish(
-        {
+        if not isinstance(outcome, Outcome):
+            raise ConfigError("train.target", "must return a supar_sweep.training.member.Outcome", value=outcome)
+        return outcome
+
+    def finish(self, outcome: Outcome) -> None:
+        """Publish the result, or say why there is none yet."""
+        if outcome.end not in ("done", "diverged"):
+            at = f"{outcome.end} after {outcome.steps_done} of {self.cell.train.steps} steps"
+            self._end("timeout" if outcome.end == "timeout" else "cancelled", at, "")
+            return
+        self.attempt.publish(self._result(outcome), keep_checkpoints=self.runtime.keep_checkpoints)
+        self._close(outcome.end, "")
+
+    def guarded(self, work: Callable[[], None]) -> bool:
+        """Do some of the work and return whether it went well; else the cell has ended with what went wrong. Only what asks
+        Python itself to stop passes through.
+        """
+        try:
+            work()
+        except (Exception, SystemExit) as error:  # a function of the user's may call sys.exit
+            self.fail(error)
+            return False
+        return True
+
+    def fail(self, error: Exception | SystemExit) -> None:
+        """End the cell with an error."""
+        trace = "".join(traceback.format_exception(error))
+        if isinstance(error, SuparError):  # its text says it all; the traceback is for a report
+            self._end("failed", str(error), trace)
+        elif isinstance(error, MemoryError):
+            self._end("oom", f"out of memory {error}".strip(), trace)
+        else:
+            kind: End = "oom" if is_out_of_memory(error) else "failed"
+            self._end(kind, f"{type(error).__name__}: {error}".partition("\n")[0], trace)
+
+    def interrupt(self) -> None:
+        """Leave a word where Python itself was told to stop."""
+        if self._open:
+            self.attempt.end("cancelled", "interrupted")
+
+    def _end(self, end: End, message: str, trace: str) -> None:
+        self.attempt.end(end, message, trace)
+        if end != "cancelled":
+            log.error("%s: %s: %s", self.attempt.cell.path.name, end, message)
+        if (self.attempt.path / "end.json").exists():
+            self._close(end, message)
+        else:  # a full disk: hand the text on
+            self._close("unrecorded", f"{message}; nor could this end be recorded in {self.attempt.path}")
+
+    def _close(self, end: End | Literal["unrecorded"], message: str) -> None:
+        self.attempt.close()
+        self._open = False
+        self._tell(self.job, end, message)
+
+    def _result(self, outcome: Outcome) -> dict[str, Any]:
+        return {
             **outcome.facts,  # first: a user's function must not overwrite what the record says
             "end": outcome.end,
-            "cell_id": job["cell_id"],
-            "cell": encode(cell),
-            "fingerprint": job["fingerprint"],
+            "cell_id": self.job["cell_id"],
+            "cell": encode(self.cell),
+            "fingerprint": self.job["fingerprint"],
             "summary": {
                 "train_loss": finite(outcome.train_loss),
                 "val_loss": finite(outcome.val_loss),
@@ -140,17 +255,14 @@ def _work(job: Mapping[str, Any], attempt: Attempt, should_stop: ShouldStop) -> 
                 "steps_done": outcome.steps_done,
             },
             "data": {
-                "name": corpus.name,
-                "bytes": corpus.n_bytes,
-                "fingerprint": corpus.fingerprint,
+                "name": self.corpus.name,
+                "bytes": self.corpus.n_bytes,
+                "fingerprint": self.corpus.fingerprint,
             },
             **facts(str(outcome.facts.get("device", "cpu"))),
-            "warnings": list(checkpoints.warnings),
-            "wall_s": time.monotonic() - begun_s,
-        },
-        keep_checkpoints=runtime.keep_checkpoints,
-    )
-    return outcome.end, "", ""
+            "warnings": list(self.checkpoints.warnings),
+            "wall_s": time.monotonic() - self._begun_s,
+        }
 
 
 class AttemptSink:
@@ -189,14 +301,8 @@ def _corpus(data: DataConfig) -> Corpus:
     return _corpora[key]
 
 
-def _target(dotted: str | None) -> Callable[..., Outcome]:
-    """Return the function that trains: the GPT's, or the user's own, imported by its dotted
-    path.
-    """
-    if dotted is None:
-        from supar_sweep.training.train import train
-
-        return train
+def _target(dotted: str) -> Callable[..., Outcome]:
+    """Return the user's own function, imported by its dotted path."""
     module_name, _, name = dotted.rpartition(".")
     allowed = "package.module.function, importable where the cell runs"
     try:

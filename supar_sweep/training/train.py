@@ -1,37 +1,24 @@
-"""train(cell): one cell from its first step, or its checkpoint, to its end.
+"""train(cell): one cell from its first step, or its checkpoint, to its end; train_together: several of one shape.
 
-The same route, compute and thread count give the same bits on a CPU, killed and resumed or not: batches are
-functions of the step, the optimizer's state is saved whole, and nothing else is random.
+The same route, compute and thread count give the same bits on a CPU, killed and resumed or not, alone or with others: batches
+are functions of the step, the optimizer's state is saved whole, and nothing else is random.
 """
 
 from __future__ import annotations
 
-import contextlib
-import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from supar_sweep.config.schema import CellConfig, RuntimeConfig
-from supar_sweep.errors import CheckpointError, ConfigError
-from supar_sweep.rules.parameterization import SPARSE_ROLES
-from supar_sweep.sparse.compact import named_live
-from supar_sweep.sparse.convert import to_form_of
-from supar_sweep.sparse.linear import choose_route, set_route
-from supar_sweep.sparse.masks import mask_hash
+from supar_sweep.training.cohort import Cohort, stack_key
 from supar_sweep.training.corpus import Corpus, check_length
-from supar_sweep.training.cost import flops_per_token
-from supar_sweep.training.data import batch, val_batches
-from supar_sweep.training.forms import choose_forms
 from supar_sweep.training.member import Member, Outcome, ShouldStop, Sink, Stop, stop_reason
-from supar_sweep.training.model import build
-from supar_sweep.training.optim import make_optimizer, make_scheduler
-from supar_sweep.training.roles import parameter_rows
+from supar_sweep.training.trainer import Trainer, pick_device
 
 CPU_READ_STEPS, CUDA_READ_STEPS = 1, 10
 """Losses are read from a GPU rarely, because each read waits for all that was queued."""
@@ -63,63 +50,155 @@ def train(
         CheckpointError: the checkpoint's masks or shapes are not those of this cell.
         DataError: a corpus shorter than one batch or one evaluation.
     """
-    check_length(
-        corpus,
-        batch_seqs=cell.train.batch_seqs,
-        context_tokens=cell.model.context_tokens,
-        eval_seqs=cell.train.eval_seqs,
-    )
-    device = pick_device(runtime.device)
-    trainer = Trainer(cell, runtime, device, resume)
-    config, start = cell.train, int(resume["step"]) if resume else 0
-    member = Member(config, corpus.n_vocab, config.batch_seqs * cell.model.context_tokens, sink)
-    if resume:
-        member.load(resume["member"])
-    for message in trainer.warnings:
-        sink.warn(message)
-    sink.begin(start, **trainer.info)
-    trained_s = float(resume["train_s"]) if resume else 0.0
-    begun_s = saved_s = time.monotonic()
-
-    def save(step: int) -> None:
-        so_far_s = trained_s + time.monotonic() - begun_s
-        sink.save(step, {**trainer.state(), "member": member.state(), "train_s": so_far_s})
-
-    end: Literal["done"] | Stop = "done"
-    unread: list[tuple[int, Tensor, Tensor, float]] = []
-    read_steps = CPU_READ_STEPS if device.type == "cpu" else CUDA_READ_STEPS
-    step = saved_step = start
-    while step < config.steps:
-        if reason := stop_reason(should_stop()):
-            end = reason
-            break
-        loss, grad_norm, lr_factor = trainer.step(corpus, step)
-        step += 1
-        unread.append((step, loss, grad_norm, lr_factor))
-        eval_due = step == config.steps or (config.eval_every_steps is not None and step % config.eval_every_steps == 0)
-        save_due = _save_due(runtime, step, time.monotonic() - saved_s)
-        if (eval_due or save_due or len(unread) >= read_steps) and _read(member, unread):
-            break
-        if eval_due and member.observe_val(step, trainer.evaluate(corpus)):
-            break
-        if save_due:
-            save(step)
-            saved_step, saved_s = step, time.monotonic()
-    if end != "done" and not _read(member, unread) and step > saved_step:
-        save(step)
-    train_s = trained_s + time.monotonic() - begun_s
-    outcome = member.outcome(end, step)
-    return replace(outcome, facts={**trainer.facts(outcome.steps_done), "train_s": train_s})
+    run = Run(cell, runtime, corpus, sink=sink, resume=resume)
+    ends: list[Outcome | Exception] = []
+    train_together([run], should_stop=should_stop, ended=lambda _, end: ends.append(end))
+    (end,) = ends
+    if isinstance(end, Exception):
+        raise end
+    return end
 
 
-def _save_due(runtime: RuntimeConfig, step: int, since_s: float) -> bool:
-    every_steps, every_s = runtime.checkpoint_every_steps, runtime.checkpoint_every_s
-    return (every_steps is not None and step % every_steps == 0) or (every_s is not None and since_s >= every_s)
+def train_together(
+    runs: Sequence[Run],
+    *,
+    should_stop: ShouldStop = lambda: None,
+    ended: Callable[[Run, Outcome | Exception], None],
+) -> None:
+    """Train runs to their ends, those of one shape in as large stacks as are fastest; no end changes another run.
+
+    Args:
+        runs: at any step each; not trained any further after this.
+        should_stop: polled before each step; when it answers, every run saves and ends.
+        ended: called once for each run, as soon as it has come out or failed.
+    """
+    groups: dict[Any, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(stack_key(run.trainer), []).append(run)
+    for members in groups.values():
+        torch.set_num_threads(members[0].trainer.threads)
+        cohort = Cohort(members)
+        while cohort.live:
+            if reason := stop_reason(should_stop()):
+                cohort.stop(reason)
+            else:
+                cohort.step(cohort.choose())
+            _tell(cohort, ended)
+        _tell(cohort, ended)  # of runs that had nothing left to do
 
 
-def _read(member: Member, unread: list[tuple[int, Tensor, Tensor, float]]) -> bool:
-    """Hand the queued steps to the member, with one wait for the device; return whether it
-    diverged with one of them.
+def _tell(cohort: Cohort, ended: Callable[[Run, Outcome | Exception], None]) -> None:
+    for run, end in cohort.take_ends():
+        ended(run, end)
+        run.release()
+
+
+class Run:
+    """One cell on its way: where it stands, what it has written, how it came out.
+
+    Args:
+        cell, runtime, corpus, sink, resume: as for `train`, which also says what is raised.
+        together: cells that its process was given with it, itself included.
+    """
+
+    def __init__(
+        self,
+        cell: CellConfig,
+        runtime: RuntimeConfig,
+        corpus: Corpus,
+        *,
+        sink: Sink,
+        resume: Mapping[str, Any] | None = None,
+        together: int = 1,
+    ) -> None:
+        check_length(
+            corpus,
+            batch_seqs=cell.train.batch_seqs,
+            context_tokens=cell.model.context_tokens,
+            eval_seqs=cell.train.eval_seqs,
+        )
+        self.runtime, self.corpus, self.sink = runtime, corpus, sink
+        self.trainer = Trainer(cell, runtime, pick_device(runtime.device), resume)
+        self.config = cell.train
+        self.member = Member(self.config, corpus.n_vocab, self.config.batch_seqs * cell.model.context_tokens, sink)
+        if resume:
+            self.member.load(resume["member"])
+        self.step = self._saved_step = int(resume["step"]) if resume else 0
+        self.train_s = float(resume["train_s"]) if resume else 0.0
+        self.outcome: Outcome | None = None
+        self._saved_s = time.monotonic()
+        self._unread: list[tuple[int, Tensor, Tensor, float]] = []
+        self._read_steps = CPU_READ_STEPS if self.trainer.device.type == "cpu" else CUDA_READ_STEPS
+        for message in self.trainer.warnings:
+            sink.warn(message)
+        sink.begin(self.step, **self.trainer.info, together=together)
+        if self.step >= self.config.steps:  # killed between its last step and its result
+            self._end("done")
+
+    def took(self, loss: Tensor, grad_norm: Tensor, lr_factor: float) -> None:
+        """Take in one step: its numbers, and what is due after it.
+
+        Args:
+            loss, grad_norm: 0-d.
+            lr_factor: of the schedule, in [0, 1].
+        """
+        self.step += 1
+        config, step = self.config, self.step
+        self._unread.append((step, loss, grad_norm, lr_factor))
+        last = step == config.steps
+        eval_due = last or (config.eval_every_steps is not None and step % config.eval_every_steps == 0)
+        save_due = self._save_due()
+        diverged = (eval_due or save_due or len(self._unread) >= self._read_steps) and self._read()
+        if eval_due and not diverged:
+            diverged = self.member.observe_val(step, self.trainer.evaluate(self.corpus))
+        if save_due and not diverged:
+            self._save()
+        if last or diverged:
+            self._end("done")
+
+    def stop(self, reason: Stop) -> None:
+        """Save, and come out as stopped; or as diverged, where an unread loss says so.
+
+        Args:
+            reason: why.
+        """
+        if not self._read() and self.step > self._saved_step:
+            self._save()
+        self._end(reason)
+
+    def _end(self, end: Literal["done"] | Stop) -> None:
+        outcome = self.member.outcome(end, self.step)
+        self.outcome = replace(outcome, facts=self.trainer.facts(outcome.steps_done))
+
+    def result(self) -> Outcome:
+        """Return how it came out, with the seconds that its training took, once it has."""
+        assert self.outcome is not None
+        return replace(self.outcome, facts={**self.outcome.facts, "train_s": self.train_s})
+
+    def release(self) -> None:
+        """Let go of the model, which the others may need the memory of."""
+        del self.trainer
+
+    def _save_due(self) -> bool:
+        every_steps, every_s = self.runtime.checkpoint_every_steps, self.runtime.checkpoint_every_s
+        if every_steps is not None and self.step % every_steps == 0:
+            return True
+        return every_s is not None and time.monotonic() - self._saved_s >= every_s
+
+    def _save(self) -> None:
+        self.sink.save(self.step, {**self.trainer.state(), "member": self.member.state(), "train_s": self.train_s})
+        self._saved_step, self._saved_s = self.step, time.monotonic()
+
+    def _read(self) -> bool:
+        return read(self.member, self._unread)
+
+
+def read(member: Member, unread: list[tuple[int, Tensor, Tensor, float]]) -> bool:
+    """Hand queued steps to the member, with one wait for the device; return whether it diverged with one of them.
+
+    Args:
+        member: whose.
+        unread: (step, loss, gradient norm, lr factor) each; emptied.
     """
     if not unread:
         return member.diverged_at is not None
@@ -134,256 +213,3 @@ def _read(member: Member, unread: list[tuple[int, Tensor, Tensor, float]]) -> bo
         member.observe(step, loss, norm, lr_factor)
         for (step, lr_factor), (loss, norm) in zip(steps, values, strict=True)
     )
-
-
-class Trainer:
-    """One cell's model, optimizer and schedule on a device, and one step of them.
-
-    Args:
-        cell: what to train.
-        runtime: how to compute it.
-        device: where.
-        resume: a checkpoint's state, or None.
-
-    Raises:
-        ConfigError: a route without effect here, or a model that does not start as the rules say.
-        CheckpointError: a checkpoint of other masks or another model.
-    """
-
-    def __init__(
-        self,
-        cell: CellConfig,
-        runtime: RuntimeConfig,
-        device: torch.device,
-        resume: Mapping[str, Any] | None,
-    ) -> None:
-        self.cell, self.device = cell, device
-        self.warnings: list[str] = []
-        self.threads = int(resume["threads"]) if resume else runtime.threads
-        torch.set_num_threads(self.threads)
-        # nothing of ours draws from it, but a module of the user's may
-        torch.manual_seed(cell.seed)
-        self.route, route_reason = self._choose_route(runtime, resume)
-        self.forms = choose_forms(cell, runtime, device, self.route, resume)
-        self.model, self.plans = build(cell, self.forms.compact)
-        self.model.to(device)
-        self.mask_hash = mask_hash(named_live(self.model))
-        set_route(self.model, self.route)
-        self.optimizer = make_optimizer(cell, self.plans, device)
-        self.scheduler = make_scheduler(self.optimizer, cell.schedule, cell.train.steps)
-        self.parameters = [plan.parameter for plan in self.plans]
-        self.base_lr = float(self.scheduler.base_lrs[0])
-        if resume:
-            self._restore(resume)
-        self.forward = self._compiled() if runtime.compile else self.model
-        self.info = {
-            "device": device.type,
-            "threads": self.threads,
-            "route": self.route,
-            "route_reason": route_reason,
-            "compute": dict(self.forms.of_layer),
-            "compute_reason": self.forms.reason,
-            "compiled": self.forward is not self.model,
-        }
-
-    def _choose_route(self, runtime: RuntimeConfig, resume: Mapping[str, Any] | None) -> tuple[str, str]:
-        if resume:
-            return str(resume["route"]), "the checkpoint's"
-        torch_only = self._torch_only(runtime)
-        if runtime.route == "onednn" and torch_only:
-            raise ConfigError(
-                "runtime.route",
-                f"has no effect {torch_only}",
-                value=runtime.route,
-                allowed="auto or torch",
-            )
-        if runtime.route != "auto":
-            return runtime.route, "set by runtime.route"
-        if torch_only:
-            return "torch", f"oneDNN's route has no effect {torch_only}"
-        model = self.cell.model
-        tokens = self.cell.train.batch_seqs // self.cell.train.accumulation_steps
-        choice = choose_route(self.device, tokens * model.context_tokens, model.width, model.d_ffn)
-        return choice.route, choice.reason
-
-    def _torch_only(self, runtime: RuntimeConfig) -> str:
-        """Return why the linear layers run torch's matmul whatever the route; "" if they do not."""
-        if self.device.type != "cpu":
-            return f"on {self.device.type}"
-        if self.cell.train.precision != "float32":
-            return f"with train.precision={self.cell.train.precision}"
-        return "with runtime.compile" if runtime.compile else ""
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.cell.train.precision == "bfloat16":
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
-        return contextlib.nullcontext()
-
-    def _loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        with self._autocast():
-            logits = model(x)
-        if logits.dtype == torch.bfloat16:  # the loss itself is never of low precision
-            logits = logits.float()
-        return F.cross_entropy(logits.view(-1, logits.shape[-1]), y.view(-1))
-
-    def _compiled(self) -> nn.Module:
-        """Return the compiled model, or the model itself, with a warning, where it does not
-        compile here.
-        """
-        micro_seqs = self.cell.train.batch_seqs // self.cell.train.accumulation_steps
-        x = torch.zeros(micro_seqs, self.cell.model.context_tokens, dtype=torch.int64, device=self.device)
-        compiled = cast(nn.Module, torch.compile(self.model, dynamic=False))
-        try:
-            # compilation happens at the first forward and backward, and that is where a missing
-            # compiler shows
-            self._loss(compiled, x, x).backward()  # type: ignore[no-untyped-call]
-        except Exception as error:
-            reason = str(error).strip().partition("\n")[0]
-            self.warnings.append(f"runtime.compile: torch.compile failed here, training without it ({reason})")
-            compiled = self.model
-        self.optimizer.zero_grad(set_to_none=True)
-        return compiled
-
-    def step(self, corpus: Corpus, step: int) -> tuple[Tensor, Tensor, float]:
-        """Take optimizer step number `step` (from 0); return its loss and gradient norm as 0-d
-        tensors, and the lr factor.
-
-        Args:
-            corpus: where the batch is read.
-            step: 0-based.
-        """
-        config = self.cell.train
-        x, y = batch(
-            corpus,
-            seed=self.cell.seed,
-            step=step,
-            batch_seqs=config.batch_seqs,
-            context_tokens=self.cell.model.context_tokens,
-        )
-        if self.device.type == "cuda":
-            x = x.pin_memory().to(self.device, non_blocking=True)
-            y = y.pin_memory().to(self.device, non_blocking=True)
-        parts = config.accumulation_steps
-        if parts == 1:
-            loss = self._loss(self.forward, x, y)
-            loss.backward()  # type: ignore[no-untyped-call]
-            loss = loss.detach()
-        else:
-            losses = []
-            for x_part, y_part in zip(x.chunk(parts), y.chunk(parts), strict=True):
-                part = self._loss(self.forward, x_part, y_part) / parts
-                part.backward()  # type: ignore[no-untyped-call]
-                losses.append(part.detach())
-            loss = torch.stack(losses).sum()
-        grad_norm = self._clip()
-        lr_factor = float(self.scheduler.get_last_lr()[0]) / self.base_lr
-        self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss, grad_norm, lr_factor
-
-    def _clip(self) -> Tensor:
-        """Return the global gradient norm over live entries (dead ones are 0 by now), after
-        clipping to it if asked.
-        """
-        grads = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        limit = self.cell.optimizer.clip_norm
-        # on a GPU the comparison would wait for the device; multiplying by 1 does not
-        if limit is not None and (self.device.type != "cpu" or not norm.item() <= limit - 1e-6):
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
-        return norm
-
-    @torch.no_grad()
-    def evaluate(self, corpus: Corpus) -> float:
-        """Return the mean held-out loss, over the same sequences for every cell."""
-        config = self.cell.train
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for x, y in val_batches(
-            corpus,
-            eval_seqs=config.eval_seqs,
-            context_tokens=self.cell.model.context_tokens,
-            batch_seqs=config.batch_seqs // config.accumulation_steps,
-        ):
-            # the plain model: other batch sizes would compile again
-            total += self._loss(self.model, x.to(self.device), y.to(self.device)).double() * len(x)
-        return float(total.item()) / config.eval_seqs
-
-    def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps: tensors and plain values only."""
-        state: dict[str, Any] = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "mask_hash": self.mask_hash,
-            "rng": torch.get_rng_state(),
-            "route": self.route,
-            "compute": dict(self.forms.of_layer),
-            "threads": self.threads,
-        }
-        if self.device.type == "cuda":
-            state["rng_cuda"] = torch.cuda.get_rng_state()
-        return state
-
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        if state["mask_hash"] != self.mask_hash:
-            raise CheckpointError(
-                f"the checkpoint at step {state['step']} has other masks (hash "
-                f"{state['mask_hash'][:12]}) than this cell ({self.mask_hash[:12]}): it is of "
-                "another seed, density or program version; delete the cell's checkpoints folder to "
-                "start it again"
-            )
-        try:
-            model_state, optimizer_state = to_form_of(self.model, self.optimizer, state["model"], state["optimizer"])
-            self.model.load_state_dict(model_state)
-        except RuntimeError as error:
-            raise CheckpointError(f"the checkpoint at step {state['step']} is of another model: {error}") from error
-        if mask_hash(named_live(self.model)) != self.mask_hash:
-            raise CheckpointError(
-                f"the masks stored in the checkpoint at step {state['step']} are not those of its "
-                f"mask hash {self.mask_hash[:12]}; delete the cell's checkpoints folder to start "
-                "it again"
-            )
-        self.optimizer.load_state_dict(optimizer_state)
-        self.scheduler.load_state_dict(state["scheduler"])
-        torch.set_rng_state(state["rng"])
-        if self.device.type == "cuda" and "rng_cuda" in state:
-            torch.cuda.set_rng_state(state["rng_cuda"])
-
-    def facts(self, steps_done: int) -> dict[str, Any]:
-        """Return what the result says of the model and its cost, as plain values."""
-        layers = parameter_rows(self.plans)
-        sparse = [plan for plan in self.plans if plan.role in SPARSE_ROLES]
-        n_sparse = sum(math.prod(plan.shape) for plan in sparse)
-        density = sum(plan.live for plan in sparse) / n_sparse
-        tokens = steps_done * self.cell.train.batch_seqs * self.cell.model.context_tokens
-        ratios = self.cell.ratios(density)
-        return {
-            **self.info,
-            "params": {
-                "total": sum(math.prod(plan.shape) for plan in self.plans),
-                "live": sum(plan.live for plan in self.plans),
-            },
-            "m_d": ratios.m_d,
-            "m_rho": ratios.m_rho,
-            "m_L": ratios.m_L,
-            "layers": layers,
-            "mask_hash": self.mask_hash,
-            "tokens": tokens,
-            "flops": tokens * flops_per_token(self.cell),
-        }
-
-
-def pick_device(wanted: str) -> torch.device:
-    """Return the device to train on: `auto` takes a GPU where torch sees one.
-
-    Args:
-        wanted: auto, cpu or cuda.
-
-    Raises:
-        ConfigError: cuda is asked for and there is none.
-    """
-    has_cuda = torch.cuda.is_available()
-    if wanted == "cuda" and not has_cuda:
-        raise ConfigError("runtime.device", "torch sees no CUDA device here", value=wanted, allowed="auto or cpu")
-    return torch.device("cuda" if has_cuda and wanted != "cpu" else "cpu")

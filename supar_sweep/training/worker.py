@@ -1,12 +1,13 @@
-"""A worker process: takes jobs from its parent one after another, and leaves when the parent does.
+"""A worker process: takes groups of jobs from its parent one after another, and leaves when the parent does.
 
     python -m supar_sweep.training.worker <fd> <function>
 
 Parent and worker talk over one socket, a JSON mapping a line:
 
-    parent -> worker   {"job": {...}}
-    parent -> worker   {"stop": true}    save at the next step, end as cancelled, take no more
-    worker -> parent   {"cell_id": ..., "end": ..., "message": ...}
+    parent -> worker   {"jobs": [{...}, ...]}                              to be trained together
+    parent -> worker   {"stop": true}                                     save at the next step, end as cancelled, take no more
+    worker -> parent   {"cell_id": ..., "end": ..., "message": ...}       each cell, as soon as it has ended
+    worker -> parent   {"leaving": false}                                 all of them have; true: and take no more
 
 The end of the stream means that the parent is gone (killed, too): as good as a stop. Nothing is
 pickled, so either side can be read in a log. A signal meant for the terminal's whole group (Ctrl-C,
@@ -25,28 +26,28 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from supar_sweep.errors import BusyError, SuparError
-from supar_sweep.sweep.jobs import folder_of
+from supar_sweep.errors import SuparError
 from supar_sweep.training.environment import prepare_process
 
-RUN_CELL = "supar_sweep.training.run_cell:run_cell"
-"""The function that a worker calls when it is told no other: (job, *, should_stop) -> end."""
+RUN_CELLS = "supar_sweep.training.run_cell:run_cells"
+"""The function that a worker calls when it is told no other: (jobs, *, should_stop, ended)."""
 
 GUARDED = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 """Signals that whoever starts a worker blocks meanwhile: they must not end it before it has said
 what they mean to it.
 """
 
-RunCell = Callable[..., str]
+RunCells = Callable[..., None]
+Jobs = Sequence[Mapping[str, Any]]
 
 
-def find(name: str) -> RunCell:
+def find(name: str) -> RunCells:
     """Return the function called "package.module:name"."""
     module, _, attribute = name.partition(":")
-    found: RunCell = getattr(importlib.import_module(module), attribute)
+    found: RunCells = getattr(importlib.import_module(module), attribute)
     return found
 
 
@@ -60,15 +61,15 @@ class Inbox:
     def __init__(self, channel: socket.socket) -> None:
         self.stopping = threading.Event()
         self._channel = channel
-        self._jobs: queue.SimpleQueue[Mapping[str, Any] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Jobs | None] = queue.SimpleQueue()
         threading.Thread(target=self._read, name="inbox", daemon=True).start()
 
-    def next_job(self) -> Mapping[str, Any] | None:
-        """Return the next job, waiting for it; None = there will be no more."""
+    def next_jobs(self) -> Jobs | None:
+        """Return the next group of jobs, waiting for it; None = there will be no more."""
         return self._jobs.get()
 
     def stop(self) -> None:
-        """End the cell at work at its next step, and take no further one."""
+        """End the cells at work at their next step, and take no further ones."""
         self.stopping.set()
         self._jobs.put(None)
 
@@ -78,27 +79,34 @@ class Inbox:
             with self._channel.makefile("rb") as lines:
                 for line in lines:
                     said = json.loads(line)
-                    if "job" in said:
-                        self._jobs.put(said["job"])
+                    if "jobs" in said:
+                        self._jobs.put(said["jobs"])
                     else:
                         break
         finally:
             self.stop()
 
 
-def work(job: Mapping[str, Any], run: RunCell, should_stop: Callable[[], bool]) -> dict[str, Any]:
-    """Return how a job ended, as the parent is told it. No exception gets out.
+def work(jobs: Jobs, run: RunCells, should_stop: Callable[[], bool], tell: Callable[[str, str, str], None]) -> set[str]:
+    """Return the ends of a group of jobs, each told as soon as it is known. No exception of theirs gets out.
 
     Args:
-        job: see sweep.jobs.Job.
+        jobs: see sweep.jobs.Job.
         run: the function to call.
         should_stop: polled by it before each step.
+        tell: called with (cell_id, end, message).
     """
+    left = {job["cell_id"] for job in jobs}
+    ends = set()
+
+    def ended(cell_id: str, end: str, message: str = "") -> None:
+        left.discard(cell_id)
+        ends.add(end)
+        tell(cell_id, end, message)
+
     try:
-        end = run(job, should_stop=should_stop)
-        message = "" if end in ("done", "diverged") else _message_of(job)
-    except BusyError as error:
-        end, message = "busy", str(error)
+        run(jobs, should_stop=should_stop, ended=ended)
+        end, message = "failed", "the training function did not say how it ended"
     except MemoryError as error:
         end, message = "oom", str(error) or "out of memory"
     except SuparError as error:
@@ -106,13 +114,9 @@ def work(job: Mapping[str, Any], run: RunCell, should_stop: Callable[[], bool]) 
     except BaseException as error:  # SystemExit from a user's function is a failure of the cell
         traceback.print_exc()
         end, message = "failed", f"{type(error).__name__}: {error}"
-    return {"cell_id": job["cell_id"], "end": end, "message": message}
-
-
-def _message_of(job: Mapping[str, Any]) -> str:
-    with contextlib.suppress(SuparError):
-        return str((folder_of(job).last_end() or {}).get("message", ""))
-    return ""
+    for cell_id in sorted(left):
+        ended(cell_id, end, message)
+    return ends
 
 
 def main(arguments: list[str]) -> int:
@@ -128,20 +132,24 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: inbox.stop())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, GUARDED)
-    run: RunCell | None = None
-    while not inbox.stopping.is_set() and (job := inbox.next_job()) is not None:
-        if run is None:
-            if arguments[1] == RUN_CELL:
-                prepare_process(int(job["runtime"]["threads"]))
-            run = find(arguments[1])
-        answer = work(job, run, inbox.stopping.is_set)
-        answer["leaving"] = answer["end"] in ("failed", "oom") and holds_gpu()
+    run: RunCells | None = None
+
+    def say(**message: Any) -> None:
         sys.stdout.flush()
-        try:
-            channel.sendall((json.dumps(answer) + "\n").encode())
-        except OSError:  # the parent is gone: the record says it all
-            return 0
-        if answer["leaving"]:
+        with contextlib.suppress(OSError):  # the parent is gone: the records say it all, and a stop is on its way
+            channel.sendall((json.dumps(message) + "\n").encode())
+
+    while not inbox.stopping.is_set() and (jobs := inbox.next_jobs()) is not None:
+        if run is None:
+            if arguments[1] == RUN_CELLS:
+                prepare_process(int(jobs[0]["runtime"]["threads"] or 1))
+            run = find(arguments[1])
+        ends = work(
+            jobs, run, inbox.stopping.is_set, lambda this, end, message: say(cell_id=this, end=end, message=message)
+        )
+        leaving = not ends.isdisjoint(("failed", "oom")) and holds_gpu()
+        say(leaving=leaving)
+        if leaving:
             return 0
     return 0
 

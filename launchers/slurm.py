@@ -1,0 +1,390 @@
+"""Cells as job arrays on SLURM. submitit writes the batch script; what an element trains is frozen in a file beside it
+(supar_sweep.sweep.arrays), and how it ended is read from the cells' records first, then asked of SLURM.
+
+submitit's own results are left aside: a pickle that a killed submitter has not moved yet is a lost element, and a job that
+died without one is waited for without end where a site has no accounting.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from supar_sweep.errors import RecordError
+from supar_sweep.sweep.arrays import NAME_PREFIX, ArrayFolder, OwnRecord, is_of, own_record
+from supar_sweep.sweep.files import write_file
+from supar_sweep.sweep.jobs import Event, Job, folder_of
+from supar_sweep.sweep.records import CellFolder, End
+from supar_sweep.training.environment import LAUNCH_ENV
+from supar_sweep.training.slurm_job import SETTLED
+from supar_sweep.training.worker import RUN_CELLS
+
+from .local import LAST_WORDS_CHARS, THREAD_VARIABLES, search_path
+from .slurm_config import SlurmConfig
+from .slurm_queue import Refused, Slurm, environment_of_job
+from .state import Report, Verdict, judge, words_of_its_own
+
+TICK_S = 0.2
+
+
+class SlurmLauncher:
+    """Trains groups of jobs as elements of SLURM arrays, and follows them.
+
+    The arrays are SLURM's: they outlive this process, and a later launcher on the same folder follows those that are still
+    there instead of submitting their cells again.
+
+    Args:
+        config: conf/launcher/slurm.yaml.
+        threads: threads of each process, >= 1.
+        folder: of the arrays' files, on a file system that the nodes share.
+        function: what an element calls with its group, "module:name".
+
+    Raises:
+        ConfigError: no SLURM here, or an option that its sbatch does not have.
+        SuparError: its controller does not answer.
+    """
+
+    name = "slurm"
+
+    def __init__(self, config: SlurmConfig, *, threads: int, folder: Path, function: str = RUN_CELLS) -> None:
+        self._slurm = Slurm()
+        if config.sbatch:
+            config.check_options(self._slurm.options())
+        self._max_array_size = self._slurm.max_array_size()
+        self._config, self._threads, self._function = config, threads, function
+        self._folder = folder.absolute()
+        self.slots = config.max_elements
+        self._gathered: list[list[Job]] = []
+        self._batches: list[_Batch] = []
+        self._elements: dict[str, _Element] = {}
+        self._left_over: dict[str, tuple[str, ArrayFolder]] = {}
+        self._events: list[Event] = []
+        self._cancelled = False
+        self._submit_at_s = self._look_at_s = self._left_over_until_s = 0.0
+
+    # -- the protocol ------------------------------------------------------------------------------
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Take jobs that one element trains together, and return at once: `events` submits what was gathered."""
+        rest = [job for job in jobs if not self._adopted(job)]
+        if rest:
+            self._gathered.append(rest)
+
+    def events(self, timeout_s: float) -> list[Event]:
+        """Return the ends since the last call, waiting up to `timeout_s` for the first; [] at once when nothing is under
+        way.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            if (self._gathered or self._batches) and time.monotonic() >= self._submit_at_s:
+                self._submit_gathered()
+            if self._elements and time.monotonic() >= self._look_at_s:
+                self._look()
+            now_s = time.monotonic()
+            if self._events or now_s >= deadline_s or not (self._gathered or self._batches or self._elements):
+                found, self._events = self._events, []
+                return found
+            time.sleep(min(TICK_S, deadline_s - now_s))
+
+    def cancel(self, *, now: bool = False) -> None:
+        """Drop what was not submitted; have SLURM end the rest: asked to save first, or killed `now`."""
+        self._cancelled = True
+        kept_back = [*self._gathered, *(group for batch in self._batches for group in batch.groups)]
+        self._events += [Event(job["cell_id"], "cancelled") for group in kept_back for job in group]
+        for batch in self._batches:
+            if batch.array is not None:
+                self._slurm.cancel_name(batch.array.job_name)
+        self._gathered.clear()
+        self._batches.clear()
+        whole = {element.array.key for element in self._elements.values() if not element.adopted}
+        ids = {
+            each if element.array.key not in whole else each.partition("_")[0]
+            for each, element in self._elements.items()
+        }
+        self._slurm.cancel(sorted(ids), now=now)
+        self._look_at_s = 0.0
+
+    def close(self) -> None:
+        """Let go. What is in the queue stays there, for the next launcher on this folder to follow."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # -- submission --------------------------------------------------------------------------------
+
+    def _submit_gathered(self) -> None:
+        """Submit what was gathered as arrays: as large as SLURM takes them, smaller ones where the queue is nearly full, later
+        where it is full or its controller away.
+        """
+        if self._gathered:
+            groups, self._gathered = self._gathered, []
+            size = self._max_array_size
+            chunks = [groups[start : start + size] for start in range(0, len(groups), size)]
+            shares = parallelism([len(chunk) for chunk in chunks], self._config.array_parallelism)
+            self._batches += [_Batch(chunk, share) for chunk, share in zip(chunks, shares, strict=True)]
+        # an answer of sbatch's that was lost may have been a yes
+        known = self._slurm.arrays() if any(batch.array for batch in self._batches) else {}
+        while self._batches and known is not None:
+            batch = self._batches.pop(0)
+            try:
+                self._submit_batch(batch, known)
+            except Refused as refused:
+                self._not_now(batch, refused)
+                if not refused.full and not refused.unsure:
+                    continue
+                if not (refused.full and len(batch.groups) > 1):
+                    break
+        if self._batches:
+            self._submit_at_s = time.monotonic() + self._config.poll_s
+
+    def _submit_batch(self, batch: _Batch, known: Mapping[str, str]) -> None:
+        array = batch.array or ArrayFolder.new(self._folder, batch.groups)
+        batch.array = array
+        job_id = known.get(array.job_name)
+        if job_id is None:
+            script = array.path / "submission.sh"
+            write_file(script, self.script(array, len(batch.groups), batch.at_once))
+            job_id = self._slurm.sbatch(script)
+        array.note_submitted(job_id)
+        now_s = time.monotonic()
+        for index, group in enumerate(batch.groups):
+            self._elements[f"{job_id}_{index}"] = _Element(array, _folders(group), last_live_s=now_s)
+
+    def _not_now(self, batch: _Batch, refused: Refused) -> None:
+        """Take back what sbatch refused: for later, in two halves where the queue is full, for good otherwise."""
+        if refused.unsure:
+            self._batches.insert(0, batch)
+            return
+        if batch.array is not None:
+            shutil.rmtree(batch.array.path, ignore_errors=True)
+        half = (len(batch.groups) + 1) // 2
+        halves = [_Batch(groups, batch.at_once) for groups in (batch.groups[:half], batch.groups[half:]) if groups]
+        if refused.full:
+            self._batches[:0] = halves
+        else:
+            message = f"sbatch refused: {refused}"
+            self._events += [Event(job["cell_id"], "failed", message) for group in batch.groups for job in group]
+
+    def script(self, array: ArrayFolder, n: int, at_once: int) -> str:
+        """Return the batch script of an array.
+
+        Args:
+            array: its folder.
+            n: elements.
+            at_once: how many of them may run at once.
+        """
+        from submitit import SlurmExecutor
+
+        config = self._config
+        further = {name.replace("_", "-"): value for name, value in config.sbatch.items()}
+        wanted = {
+            "partition": config.partition,
+            "account": config.account,
+            "qos": config.qos,
+            "constraint": config.constraint,
+            "gpus_per_node": config.gpus_per_node,
+            "mem": f"{round(config.mem_gb * 1024)}M" if config.mem_gb is not None else None,
+        }
+        executor = SlurmExecutor(array.path)
+        executor.update_parameters(
+            **{name: value for name, value in wanted.items() if value is not None},
+            job_name=array.job_name,
+            wckey=None,  # submitit has one of its own, which a site that keeps a list of them refuses
+            time=config.timeout_min,
+            nodes=1,
+            ntasks_per_node=1,
+            cpus_per_task=config.cpus,
+            array_parallelism=at_once,
+            signal_delay_s=config.signal_delay_s,
+            stderr_to_stdout=True,
+            setup=[*self._environment(), *config.setup],
+            srun_args=["--cpus-per-task", str(config.cpus)],  # srun stopped inheriting it in 22.05
+            additional_parameters={"requeue": True, **further},
+        )
+        executor.parameters["map_count"] = n
+        # -P: the working folder is not where modules come from, unless PYTHONPATH says so
+        words = [sys.executable, "-P", "-u", "-m", "supar_sweep.training.slurm_job", str(array.path), self._function]
+        limits = [str(config.timeout_min * 60), str(config.signal_delay_s)]
+        return executor._make_submission_file_text(shlex.join([*words, *limits]), array.key)
+
+    def _environment(self) -> list[str]:
+        threads = dict.fromkeys(THREAD_VARIABLES, str(self._threads))
+        return environment_of_job({**LAUNCH_ENV, **threads, "PYTHONPATH": search_path()})
+
+    # -- arrays of a launcher that is gone ---------------------------------------------------------
+
+    def _adopted(self, job: Job) -> bool:
+        """Return whether an element that is in the queue already will train the cell: then that is followed."""
+        if time.monotonic() >= self._left_over_until_s:
+            self._left_over = self._find_left_over()
+            self._left_over_until_s = time.monotonic() + self._config.poll_s
+        if job["cell_id"] not in self._left_over:
+            return False
+        each, array = self._left_over[job["cell_id"]]
+        if own_record(folder_of(job), array.key).end in SETTLED:
+            return False
+        mine = self._elements.setdefault(each, _Element(array, {}, last_live_s=time.monotonic(), adopted=True))
+        mine.waiting[job["cell_id"]] = folder_of(job)
+        return True
+
+    def _find_left_over(self) -> dict[str, tuple[str, ArrayFolder]]:
+        """Return the element and the array of each cell that an array of this folder has in the queue."""
+        arrays = {
+            job_id: ArrayFolder(self._folder / name.removeprefix(NAME_PREFIX))
+            for name, job_id in (self._slurm.arrays() or {}).items()
+            if name.startswith(NAME_PREFIX) and (self._folder / name.removeprefix(NAME_PREFIX)).is_dir()
+        }
+        reports = self._slurm.queue([array.job_name for array in arrays.values()]) if arrays else None
+        found: dict[str, tuple[str, ArrayFolder]] = {}
+        for job_id, array in arrays.items():
+            with suppress(RecordError):
+                if array.job_id() is None:
+                    array.note_submitted(job_id)
+                for index, group in enumerate(array.groups()):
+                    each = f"{job_id}_{index}"
+                    if reports and each in reports and reports[each].live:
+                        found |= {job["cell_id"]: (each, array) for job in group}
+        return found
+
+    # -- following ---------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """Ask SLURM once for all, and tell of the cells that have ended."""
+        queue = self._slurm.queue(sorted({element.array.job_name for element in self._elements.values()}))
+        now_s = time.monotonic()
+        self._look_at_s = now_s + self._config.poll_s
+        if queue is None:
+            return
+        for each, element in self._elements.items():
+            if each in queue and queue[each].live:
+                element.last_live_s = now_s
+        gone = {each.partition("_")[0] for each in self._elements if each not in queue or not queue[each].live}
+        accounts = self._slurm.accounts(sorted(gone))
+        for each, element in list(self._elements.items()):
+            report = queue.get(each)
+            if report is not None and report.live and report.state != "RUNNING" and not report.restarts:
+                continue  # not begun yet: its cells' files have nothing to tell
+            self._judge(each, element, report, accounts.get(each), now_s - element.last_live_s)
+            if not element.waiting:
+                del self._elements[each]
+
+    def _judge(
+        self, each: str, element: _Element, queue: Report | None, account: Report | None, since_live_s: float
+    ) -> None:
+        live = queue is not None and queue.live
+        last_words = "" if live else element.array.last_words(each)
+        for cell_id, folder in list(element.waiting.items()):
+            own = own_record(folder, element.array.key)
+            verdict = judge(
+                own,
+                queue,
+                account,
+                since_live_s=since_live_s,
+                grace_s=self._config.grace_s,
+                last_words=last_words,
+            )
+            if verdict.settled:
+                del element.waiting[cell_id]
+                self._events.append(self._told(verdict, own, folder, element.array, each, last_words))
+
+    def _told(
+        self, verdict: Verdict, own: OwnRecord, folder: CellFolder, array: ArrayFolder, each: str, last_words: str
+    ) -> Event:
+        """Return the event of a settled verdict, written into the cell's record where its process could not do that."""
+        end, died, message = verdict.state, verdict.died, verdict.message
+        if own.end is None:
+            last = words_of_its_own(last_words)
+            message += f"; its last words: {last[:LAST_WORDS_CHARS]} (all of them: {array.log(each)})" if last else ""
+        if end not in ENDS:  # preempted, node-failed, stale, missing, unknown
+            message = f"{verdict.state}: {message}"
+            end = "cancelled" if verdict.state == "preempted" else "failed"
+            died = True
+        if self._cancelled and end not in ("done", "diverged"):
+            end, died = "cancelled", False
+        if own.begun and (own.end is None or end != own.end or message != own.message):
+            with suppress(RecordError):
+                folder.close_attempt(ENDS[end], message, lambda info: is_of(info, array.key))
+        return Event(folder.cell_id, end, message, died)
+
+
+ENDS: dict[str, End] = {
+    "done": "done",
+    "diverged": "diverged",
+    "oom": "oom",
+    "timeout": "timeout",
+    "failed": "failed",
+    "cancelled": "cancelled",
+}
+
+
+@dataclass
+class _Batch:
+    """Groups that are to be one array.
+
+    Args:
+        groups: the jobs of each element.
+        at_once: how many of them may run at once.
+        array: its folder, where sbatch was asked and its answer lost.
+    """
+
+    groups: list[list[Job]]
+    at_once: int
+    array: ArrayFolder | None = None
+
+
+@dataclass
+class _Element:
+    """One element that is followed.
+
+    Args:
+        array: its array.
+        waiting: the cells whose end was not told yet, by id.
+        last_live_s: when it was last seen waiting or running (time.monotonic).
+        adopted: submitted by an earlier launcher.
+    """
+
+    array: ArrayFolder
+    waiting: dict[str, CellFolder] = field(default_factory=dict)
+    last_live_s: float = 0.0
+    adopted: bool = False
+
+
+def _folders(group: Sequence[Job]) -> dict[str, CellFolder]:
+    return {job["cell_id"]: folder_of(job) for job in group}
+
+
+def parallelism(sizes: Sequence[int], at_once: int) -> list[int]:
+    """Return how many elements of each array may run at once, so that all together are `at_once`, and each at least one.
+
+    Args:
+        sizes: elements of each array, >= 1.
+        at_once: elements that may run at once, >= 1.
+
+    >>> parallelism([1000, 1000, 500], 64)
+    [26, 25, 13]
+    >>> parallelism([3, 3], 1)
+    [1, 1]
+    """
+    shares = []
+    left, to_share = at_once, sum(sizes)
+    for size in sizes:
+        share = min(size, max(1, round(left * size / to_share)))
+        shares.append(share)
+        left, to_share = max(0, left - share), to_share - size
+    return shares

@@ -1,0 +1,92 @@
+"""conf/launcher/slurm.yaml: what an array asks SLURM for. No torch, no submitit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from supar_sweep.config.schema import check_ranges, setting
+from supar_sweep.errors import ConfigError
+
+SET_ELSEWHERE: Mapping[str, str] = {
+    "partition": "partition",
+    "account": "account",
+    "qos": "qos",
+    "constraint": "constraint",
+    "gpus-per-node": "gpus_per_node",
+    "cpus-per-task": "cpus",
+    "mem": "mem_gb",
+    "time": "timeout_min",
+    "array": "array_parallelism",
+    "signal": "signal_delay_s",
+}
+"""sbatch's options that a key of their own sets."""
+
+FIXED = (
+    *("job-name", "output", "error", "open-mode", "requeue", "no-requeue", "wrap", "parsable", "wait", "test-only"),
+    *("nodes", "ntasks", "ntasks-per-node", "help", "usage", "version", "clusters"),
+)
+"""Those that the launcher needs as they are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmConfig:
+    """conf/launcher/slurm.yaml."""
+
+    name: str = setting("slurm", choices=("slurm",))
+    partition: str | None = setting("partition; null = the cluster's default")
+    account: str | None = setting("account; null = yours by default")
+    qos: str | None = setting("quality of service; null = the default")
+    constraint: str | None = setting("features that a node must have; null = any node")
+    gpus_per_node: int | None = setting("GPUs of an element; null = none asked for", ge=1)
+    cpus: int = setting("cores of an element", ge=1)
+    mem_gb: float | None = setting("memory of an element; null = the partition's default", gt=0)
+    timeout_min: int = setting("time limit; a cell that reaches it is saved and requeued", ge=1)
+    array_parallelism: int = setting("elements that run at once", ge=1)
+    max_elements: int = setting("elements in the queue at once, the running ones counted", ge=1)
+    signal_delay_s: int = setting("how long before the time limit cells are told to save", ge=1)
+    poll_s: float = setting("seconds between two looks at the queue", gt=0)
+    grace_s: float = setting("how long a file of an ended job may take to be seen here", ge=0)
+    setup: tuple[str, ...] = setting("shell commands of the job, before Python starts")
+    sbatch: Mapping[str, Any] = setting("any further option of sbatch, by its own name")
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        for name, value in self.sbatch.items():
+            dashed = name.replace("_", "-")
+            if dashed in SET_ELSEWHERE:
+                raise ConfigError(f"sbatch.{name}", f"is set by launcher.{SET_ELSEWHERE[dashed]}", value=value)
+            if dashed in FIXED:
+                raise ConfigError(f"sbatch.{name}", "is the launcher's own", value=value)
+            if not isinstance(value, (str, int, float)) or value is False:
+                raise ConfigError(
+                    f"sbatch.{name}", "must be text, a number, or true for an option without a value", value=value
+                )
+        if self.signal_delay_s >= self.timeout_min * 60:
+            raise ConfigError(
+                "signal_delay_s", "leaves no time before it", value=self.signal_delay_s, allowed="< 60 * timeout_min"
+            )
+
+    def check_options(self, known: Collection[str]) -> None:
+        """Raise ConfigError for the first further option that sbatch does not have.
+
+        Args:
+            known: the options that it has (`options_in`).
+        """
+        allowed = sorted(set(known) - SET_ELSEWHERE.keys() - {*FIXED})
+        for name in self.sbatch:
+            if name.replace("_", "-") not in known:
+                raise ConfigError(
+                    f"launcher.sbatch.{name}", "no such option of sbatch", allowed=allowed, nearest_to=name
+                )
+
+
+def options_in(usage: str) -> set[str]:
+    """Return the names of the long options that a `sbatch --help` lists, those of the site's plugins among them.
+
+    >>> sorted(options_in("  -a, --array=indexes  job array\\n      --bb=<spec>  burst\\n  --exclusive[=user] alone, see --bb"))
+    ['array', 'bb', 'exclusive']
+    """
+    return set(re.findall(r"^\s+(?:-\w, )?--([a-z][a-z0-9-]*)", usage, re.MULTILINE))

@@ -1,0 +1,164 @@
+"""A job array as files: what each element trains, frozen before it is submitted, and what its cells say of it. No torch.
+
+    <runs>/slurm/<key>/groups.jsonl     a line an element: the jobs that it trains together
+    <runs>/slurm/<key>/submission.sh    as it went to sbatch
+    <runs>/slurm/<key>/submitted.json   {"job_id": ...}: written when sbatch had answered
+    <runs>/slurm/<key>/<job>_<element>_0_log.out    what an element printed, all its starts one after another
+
+The key is in the array's name, so an array whose submitter died before it could write submitted.json is found in the queue.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from supar_sweep.errors import RecordError
+from supar_sweep.sweep.files import read_json, write_file, write_json
+from supar_sweep.sweep.jobs import Job
+from supar_sweep.sweep.records import COMPLETE_ENDS, CellFolder
+
+NAME_PREFIX = "supar-"
+LAST_WORDS_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class ArrayFolder:
+    """The folder of one array.
+
+    Args:
+        path: <runs>/slurm/<key>.
+    """
+
+    path: Path
+
+    @staticmethod
+    def new(parent: Path, groups: Sequence[Sequence[Job]]) -> ArrayFolder:
+        """Return a new array's folder, its groups written.
+
+        Args:
+            parent: the folder of all arrays of a runs folder.
+            groups: the jobs of each element, in order.
+
+        Raises:
+            RecordError: the folder cannot be written.
+        """
+        folder = ArrayFolder(parent / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}")
+        lines = (json.dumps([dict(job) for job in group], sort_keys=True, allow_nan=False) + "\n" for group in groups)
+        write_file(folder.path / "groups.jsonl", "".join(lines))
+        return folder
+
+    @property
+    def key(self) -> str:
+        """What the array is known by, here and in SLURM's queue."""
+        return self.path.name
+
+    @property
+    def job_name(self) -> str:
+        """Its name in the queue."""
+        return NAME_PREFIX + self.key
+
+    def groups(self) -> list[list[Job]]:
+        """Return the jobs of each element.
+
+        Raises:
+            RecordError: the file is missing or torn.
+        """
+        path = self.path / "groups.jsonl"
+        try:
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        except OSError as error:
+            raise RecordError(f"cannot read {path}: {error.strerror}") from error
+        except ValueError as error:
+            raise RecordError(f"{path} is torn: {error}") from error
+
+    def note_submitted(self, job_id: str) -> None:
+        """Note which job SLURM made of it. Raises RecordError where the folder cannot be written."""
+        write_json(self.path / "submitted.json", {"job_id": job_id, "time_s": time.time()})
+
+    def job_id(self) -> str | None:
+        """Return SLURM's id of the array; None = its submitter did not live to write it down, or sbatch refused it."""
+        noted = read_json(self.path / "submitted.json")
+        return str(noted["job_id"]) if noted else None
+
+    def log(self, element: str) -> Path:
+        """Return the file that an element prints to.
+
+        Args:
+            element: as SLURM calls it, "<job id>_<index>".
+        """
+        return self.path / f"{element}_0_log.out"
+
+    def last_words(self, element: str) -> str:
+        """Return the end of what an element printed, "" where it printed nothing.
+
+        Args:
+            element: as for `log`.
+        """
+        try:
+            with self.log(element).open("rb") as file:
+                file.seek(max(0, file.seek(0, 2) - LAST_WORDS_BYTES))
+                return file.read().decode(errors="replace")
+        except OSError:
+            return ""
+
+
+def stamped(job: Job, array: str, element: str, **facts: Any) -> dict[str, Any]:
+    """Return the job with the array that runs it in its provenance: each attempt's record then tells whose it is.
+
+    Args:
+        job: the job.
+        array: key of the array.
+        element: "<job id>_<index>".
+        facts: further ones: node, restarts.
+    """
+    return {**job, "provenance": {**job["provenance"], "slurm": {"array": array, "element": element, **facts}}}
+
+
+class OwnRecord(NamedTuple):
+    """What a cell's files say of its training in one array.
+
+    Args:
+        end: a typed end, of the array's own newest attempt, or of whoever completed the cell; None = none yet.
+        message: one line on the cause.
+        begun: the newest attempt is the array's.
+        locked: a live process holds the cell.
+    """
+
+    end: str | None = None
+    message: str = ""
+    begun: bool = False
+    locked: bool = False
+
+
+def own_record(folder: CellFolder, array: str) -> OwnRecord:
+    """Return what the cell's files say now. A record that cannot be read says nothing.
+
+    Args:
+        folder: of the cell.
+        array: key of the array.
+    """
+    try:
+        if (result := folder.result()) is not None:
+            return OwnRecord(result["end"], begun=True)
+        locked = folder.is_locked()
+        attempts = folder.attempts()
+        if not attempts or not is_of(read_json(attempts[-1] / "attempt.json"), array):
+            return OwnRecord(locked=locked)
+        said = read_json(attempts[-1] / "end.json") or {}
+        if said.get("end") in COMPLETE_ENDS and (result := folder.result()) is None:
+            return OwnRecord(None, "its result.json is gone", begun=True, locked=locked)
+        return OwnRecord(said.get("end"), str(said.get("message", "")), begun=True, locked=locked)
+    except RecordError as error:
+        return OwnRecord(None, str(error))
+
+
+def is_of(attempt: Mapping[str, Any] | None, array: str) -> bool:
+    """Return whether an attempt's facts (attempt.json) say that the array runs it."""
+    slurm = ((attempt or {}).get("provenance") or {}).get("slurm") or {}
+    return bool(slurm.get("array") == array)

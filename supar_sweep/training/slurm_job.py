@@ -1,0 +1,188 @@
+"""One element of a job array: trains its group of cells, and leaves so that SLURM does the right thing next.
+
+    python -m supar_sweep.training.slurm_job <array folder> <function> <timeout_s> <signal_delay_s>
+
+    SIGUSR2 near the time limit           timeout: save at the next step, ask SLURM for a requeue, leave with 143
+    SIGTERM or SIGUSR2 while the job is   preempted: as above. SLURM has announced a preemption, and would take a process
+    still RUNNING for SLURM               that leaves before its grace is over for one that has failed
+    SIGTERM at any other time             cancelled: save and leave with 143. SLURM knows what it wants to do next (scancel,
+                                          scontrol requeue, a preemption without a grace)
+
+What the cells' own records say is the truth; the exit code (0, 1 = a cell failed, 143) is for people who read sacct.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from supar_sweep.errors import RecordError
+from supar_sweep.sweep.arrays import ArrayFolder, own_record, stamped
+from supar_sweep.sweep.files import read_json, write_json
+from supar_sweep.sweep.jobs import Job, folder_of
+from supar_sweep.training.environment import prepare_process
+from supar_sweep.training.member import Stop
+from supar_sweep.training.worker import RUN_CELLS, RunCells, find, work
+
+log = logging.getLogger(__name__)
+
+EARLY_S = 65.0
+"""SLURM may send the time limit's signal up to a minute early."""
+
+BUSY_POLL_S = 2.0
+ANSWER_S = 20.0
+LEFT = 128 + signal.SIGTERM
+SETTLED = ("done", "diverged", "failed", "oom")
+"""Ends that a requeued element does not try again: data, and what would only fail once more."""
+
+
+class Signals:
+    """Hears what SLURM says to the process, and tells the training why to stop.
+
+    Args:
+        timeout_s: the job's time limit.
+        signal_delay_s: how long before it SIGUSR2 is asked for.
+    """
+
+    def __init__(self, timeout_s: float, signal_delay_s: float) -> None:
+        self.why: Stop | None = None
+        self._begun_s = time.monotonic()
+        self._limit_near_s = timeout_s - signal_delay_s - EARLY_S
+        signal.signal(signal.SIGTERM, self._hear)
+        signal.signal(signal.SIGUSR2, self._hear)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if self.why is None:
+            self.why = self._meaning(number)
+            os.write(2, f"{signal.Signals(number).name}: {self.why}, saving\n".encode())
+
+    def _meaning(self, number: int) -> Stop:
+        if number == signal.SIGUSR2 and time.monotonic() - self._begun_s >= self._limit_near_s:
+            return "timeout"
+        return "preempted" if number == signal.SIGUSR2 or state_now() == "RUNNING" else "cancelled"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Train the element's cells, and return the exit code.
+
+    Args:
+        arguments: the array's folder, the function to call ("module:name"), timeout_s, signal_delay_s.
+    """
+    signals = Signals(float(arguments[2]), float(arguments[3]))
+    faulthandler.enable()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
+    folder, function = ArrayFolder(Path(arguments[0])), arguments[1]
+    index = int(os.environ["SLURM_ARRAY_TASK_ID"])
+    element = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{index}"
+    restarts, node = int(os.environ.get("SLURM_RESTART_COUNT", "0")), os.environ.get("SLURMD_NODENAME", "")
+    log.info("%s on %s, start %d", element, node, restarts + 1)
+    jobs = [stamped(job, folder.key, element, node=node, restarts=restarts) for job in folder.groups()[index]]
+    ends = {job["cell_id"]: own_record(folder_of(job), folder.key).end or "" for job in jobs}
+    left = [job for job in jobs if ends[job["cell_id"]] not in SETTLED]
+    if left:
+        if function == RUN_CELLS:
+            prepare_process(int(left[0]["runtime"]["threads"]))
+        before = {job["cell_id"]: steps_done(job) for job in left}
+        ends |= train(left, find(function), signals)
+        stopped = [job for job in left if ends[job["cell_id"]] not in SETTLED]
+        if stopped and (signals.why == "preempted" or (signals.why == "timeout" and got_further(stopped, before))):
+            again(element, stopped)
+    if signals.why is not None and any(end not in SETTLED for end in ends.values()):
+        return LEFT
+    return int(any(end not in ("done", "diverged") for end in ends.values()))
+
+
+def train(jobs: Sequence[Job], run: RunCells, signals: Signals) -> dict[str, str]:
+    """Return how each cell ended.
+
+    A cell that another process holds is waited for: it may be this element's own earlier start, on a node that SLURM has
+    given up.
+
+    Args:
+        jobs: of the cells.
+        run: trains them.
+        signals: say when to stop.
+    """
+    ends: dict[str, str] = {}
+
+    def tell(cell_id: str, end: str, message: str) -> None:
+        if ends.get(cell_id) != end:
+            log.info("%s: %s%s%s", cell_id, end, ": " if message else "", message)
+        ends[cell_id] = end
+
+    while jobs:
+        work(jobs, run, lambda: signals.why, tell)  # type: ignore[arg-type, return-value]
+        jobs = [job for job in jobs if ends[job["cell_id"]] == "busy"]
+        if jobs and signals.why is None:
+            time.sleep(BUSY_POLL_S)
+        elif jobs:
+            break
+    return ends
+
+
+def state_now() -> str:
+    """Return what SLURM calls this job now, "" where it does not answer."""
+    with suppress(OSError, subprocess.TimeoutExpired):
+        command = ["squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "--Format=State:|"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S).stdout.strip().strip("|")
+    return ""
+
+
+def got_further(stopped: Sequence[Job], before: Mapping[str, int]) -> bool:
+    """Return whether any cell has more steps than it had; note in the records that there will be no requeue where none has.
+
+    Args:
+        stopped: jobs of the cells that the time limit ended.
+        before: steps that each had when the element started.
+    """
+    if any(steps_done(job) > before[job["cell_id"]] for job in stopped):
+        return True
+    note(stopped, "not requeued: no step was saved since this start")
+    return False
+
+
+def again(element: str, stopped: Sequence[Job]) -> None:
+    """Ask SLURM to start the element once more; note in the records where it refuses.
+
+    Args:
+        element: "<job id>_<index>".
+        stopped: jobs of the cells that were not at their end.
+    """
+    try:
+        asked = subprocess.run(["scontrol", "requeue", element], capture_output=True, text=True, timeout=ANSWER_S)
+        refusal = " ".join(asked.stderr.split()) if asked.returncode != 0 else ""
+    except (OSError, subprocess.TimeoutExpired) as error:
+        refusal = str(error)
+    if refusal:
+        note(stopped, f"not requeued: {refusal}")
+
+
+def note(jobs: Sequence[Job], text: str) -> None:
+    """Add to the message of each cell's last end."""
+    log.info(text)
+    for job in jobs:
+        with suppress(RecordError, IndexError):
+            path = folder_of(job).attempts()[-1] / "end.json"
+            said: dict[str, Any] = read_json(path) or {}
+            write_json(path, {**said, "message": f"{said.get('message', '')}; {text}".removeprefix("; ")})
+
+
+def steps_done(job: Job) -> int:
+    """Return how many steps the cell's curve holds."""
+    with suppress(RecordError):
+        return max((int(line["step"]) for line in folder_of(job).metrics()), default=0)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,107 @@
+"""The launcher's settings, and how SLURM's answers are read: no SLURM needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from launchers.slurm import parallelism
+from launchers.slurm_config import SlurmConfig, options_in
+from launchers.slurm_queue import Refused, read_accounts
+from supar_sweep.cli.compose import register_resolvers
+from supar_sweep.cli.rooms import conf_dir
+from supar_sweep.config.decode import decode
+from supar_sweep.errors import ConfigError
+
+USAGE = """Usage: sbatch [OPTIONS(0)...] [ : [OPTIONS(N)...]] script(0) [args(0)...]
+
+  -A, --account=name          charge job to specified account
+      --exclude=nodes         exclude a specific list of hosts, as with --nodelist
+      --exclusive[=user]      allocate nodes in exclusive mode
+      --nodelist=hosts        request a specific list of hosts
+"""
+
+
+def shipped(name: str, **changes: Any) -> SlurmConfig:
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    register_resolvers()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        plain: Any = OmegaConf.to_container(compose("run", [f"launcher={name}"]).launcher, resolve=True)
+    return decode(SlurmConfig, {**plain, **changes}, prefix="launcher")
+
+
+@pytest.mark.parametrize("name", ["slurm", "dev_cluster"])
+def test_what_is_shipped_is_valid(name: str) -> None:
+    assert shipped(name).name == "slurm"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"partitoin": "gpu"}, "launcher.partitoin: unknown key; did you mean 'partition'?"),
+        ({"cpus": 0}, r"launcher.cpus: out of range \(got 0\); allowed: >= 1"),
+        ({"timeout_min": 1.5}, "launcher.timeout_min: must be an integer"),
+        ({"timeout_min": 2, "signal_delay_s": 120}, "launcher.signal_delay_s: leaves no time before it"),
+        ({"sbatch": {"time": 10}}, "launcher.sbatch.time: is set by launcher.timeout_min"),
+        ({"sbatch": {"cpus_per_task": 10}}, "launcher.sbatch.cpus_per_task: is set by launcher.cpus"),
+        ({"sbatch": {"requeue": True}}, "launcher.sbatch.requeue: is the launcher's own"),
+        ({"sbatch": {"exclusive": False}}, "launcher.sbatch.exclusive: must be text, a number, or true"),
+    ],
+)
+def test_a_wrong_setting_is_an_error_that_teaches(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        shipped("slurm", **changes)
+
+
+def test_a_further_option_is_one_of_sbatchs_own() -> None:
+    known = options_in(USAGE)
+    assert known == {"account", "exclude", "exclusive", "nodelist"}
+    shipped("slurm", sbatch={"exclude": "n7", "exclusive": True}).check_options(known)
+    with pytest.raises(ConfigError, match="launcher.sbatch.exclud: no such option") as error:
+        shipped("slurm", sbatch={"exclud": "n7"}).check_options(known)
+    assert str(error.value).endswith("did you mean 'exclude'?; allowed: exclude, exclusive, nodelist")
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 64, 5000])
+@pytest.mark.parametrize("sizes", [[1], [1000], [1000, 1000, 500], [3, 1, 1, 1]])
+def test_arrays_share_the_parallelism_by_size(sizes: list[int], at_once: int) -> None:
+    shares = parallelism(sizes, at_once)
+    assert all(1 <= share <= size for share, size in zip(shares, sizes, strict=True))
+    assert sum(shares) == max(min(at_once, sum(sizes)), len(sizes))
+    fair = [at_once * size / sum(sizes) for size in sizes]
+    if at_once > 10 * len(sizes) and at_once <= sum(sizes):
+        assert all(abs(share - each) <= 1 for share, each in zip(shares, fair, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "full", "unsure"),
+    [
+        ("AssocMaxSubmitJobLimit; Batch job submission failed: Job violates accounting/QOS policy", True, False),
+        ("QOSMaxSubmitJobPerUserLimit", True, False),
+        ("Batch job submission failed: Resource temporarily unavailable", True, False),
+        ("Batch job submission failed: Unable to contact slurm controller (connect failure)", False, True),
+        ("Batch job submission failed: Socket timed out on send/recv operation", False, True),
+        ("invalid partition specified: nowhere", False, False),
+        ("Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)", False, False),
+    ],
+)
+def test_a_refusal_is_for_now_for_good_or_unsure(text: str, full: bool, unsure: bool) -> None:
+    refused = Refused(text)
+    assert (refused.full, refused.unsure) == (full, unsure)
+
+
+def test_accounts_of_elements_ranges_and_steps() -> None:
+    found = read_accounts(
+        "7_0|COMPLETED|0:0\n7_0.batch|COMPLETED|0:0\n7_1|FAILED|9:0\n7_1.0|OUT_OF_MEMORY|0:125\n"
+        "7_[2-3,5%4]|PENDING|0:0\n8_0|CANCELLED by 1000|0:15\n"
+    )
+    assert {element: report.state for element, report in found.items()} == {
+        "7_0": "COMPLETED",
+        "7_1": "OUT_OF_MEMORY",
+        **dict.fromkeys(("7_2", "7_3", "7_5"), "PENDING"),
+        "8_0": "CANCELLED",
+    }
+    assert found["8_0"].code == -15

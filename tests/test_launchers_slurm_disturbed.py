@@ -1,0 +1,198 @@
+"""Elements that SLURM stops in the middle: time limit, preemption, requeue, lost nodes. All side by side on one cluster, each
+with nodes of its own where it does something to a node.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launchers.slurm import SlurmLauncher
+from supar_sweep.sweep.jobs import Event, folder_of
+from tests.clusters import Cluster, cluster
+from tests.test_launchers_slurm import assert_whole_curve, begun, element_of, job_of, launcher, until
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.xdist_group("slurm")]
+
+NODES = 8
+Job = Mapping[str, Any]
+Story = Callable[[Cluster, Path], tuple[Job, Event]]
+STORIES: dict[str, Story] = {}
+
+
+def story(tell: Story) -> Story:
+    STORIES[tell.__name__] = tell
+    return tell
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[Cluster]:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        cluster(nodes=NODES, cpus=4, mem_mb=4000, grace_s=10) as made,
+    ):
+        for name, value in made.environment.items():
+            patch.setenv(name, value)
+        yield made
+
+
+@pytest.fixture(scope="module")
+def told(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[tuple[Job, Event]]]]:
+    """All stories, begun at once."""
+    with ThreadPoolExecutor(len(STORIES)) as threads:
+        yield {name: threads.submit(tell, slurm, tmp_path_factory.mktemp(name)) for name, tell in STORIES.items()}
+
+
+def on(*numbers: int) -> dict[str, Any]:
+    """Settings that keep an element to these nodes."""
+    others = [f"n{number}" for number in range(1, NODES + 1) if number not in numbers]
+    return {"sbatch": {"exclude": ",".join(others)}}
+
+
+def submitted(slurm: Cluster, made: SlurmLauncher, job: Job) -> str:
+    """Submit a job alone, and return its element when it has begun."""
+    made.submit([job])
+    made.events(0)
+    slurm.wait_for(lambda: begun(job))
+    return element_of(job)
+
+
+def hurry(slurm: Cluster, element: str) -> None:
+    """SLURM holds a requeued job for two minutes: cut that short."""
+    slurm.wait_for(lambda: slurm.field(element, "Restarts") not in ("0", ""), 120)
+    slurm.wait_for_state(element, "PENDING", "RUNNING")
+    slurm.ask("scontrol", "update", f"jobid={element}", "StartTime=now", check=False)
+
+
+def starts(job: Job) -> list[dict[str, Any]]:
+    """The attempts' facts, oldest first."""
+    return [json.loads((attempt / "attempt.json").read_text()) for attempt in folder_of(job).attempts()]
+
+
+def ends(job: Job) -> list[dict[str, Any]]:
+    """The attempts' ends, oldest first."""
+    return [json.loads((attempt / "end.json").read_text()) for attempt in folder_of(job).attempts()]
+
+
+# -- the stories ---------------------------------------------------------------------------------
+
+
+@story
+def time_limit(slurm: Cluster, runs: Path) -> tuple[Job, Event]:
+    job = job_of(runs, 1, steps=450)
+    with launcher(runs, timeout_min=1, **on(1)) as made:
+        element = submitted(slurm, made, job)
+        hurry(slurm, element)
+        (event,) = until(made, [job], 200).values()
+    return job, event
+
+
+@story
+def preempted(slurm: Cluster, runs: Path) -> tuple[Job, Event]:
+    job = job_of(runs, 2, steps=100)
+    with launcher(runs, **on(2)) as made:
+        element = submitted(slurm, made, job)
+        slurm.batch("sleep 1", "-p", "urgent", "--nodelist=n2", "--exclusive")
+        hurry(slurm, element)
+        (event,) = until(made, [job], 200).values()
+    return job, event
+
+
+@story
+def preempted_where_that_cancels(slurm: Cluster, runs: Path) -> tuple[Job, Event]:
+    job = job_of(runs, 3, steps=100)
+    with launcher(runs, partition="cancelling", **on(3)) as made:
+        element = submitted(slurm, made, job)
+        slurm.batch("sleep 1", "-p", "urgent", "--nodelist=n3", "--exclusive")
+        hurry(slurm, element)
+        (event,) = until(made, [job], 200).values()
+    return job, event
+
+
+@story
+def requeued_by_hand(slurm: Cluster, runs: Path) -> tuple[Job, Event]:
+    job = job_of(runs, 4, steps=60)
+    with launcher(runs, **on(1)) as made:
+        element = submitted(slurm, made, job)
+        slurm.ask("scontrol", "requeue", element)
+        hurry(slurm, element)
+        (event,) = until(made, [job], 200).values()
+    return job, event
+
+
+@story
+def node_lost(slurm: Cluster, runs: Path) -> tuple[Job, Event]:
+    job = job_of(runs, 5, steps=100)
+    with launcher(runs, **on(5, 6)) as made:
+        element = submitted(slurm, made, job)
+        slurm.kill_node(starts(job)[0]["provenance"]["slurm"]["node"], with_jobs=True)
+        hurry(slurm, element)
+        (event,) = until(made, [job], 200).values()
+    return job, event
+
+
+@story
+def node_given_up_that_works_on(slurm: Cluster, runs: Path) -> tuple[Job, Event]:
+    job = job_of(runs, 6, steps=500)
+    with launcher(runs, **on(7, 8)) as made:
+        element = submitted(slurm, made, job)
+        slurm.kill_node(starts(job)[0]["provenance"]["slurm"]["node"], with_jobs=False)
+        hurry(slurm, element)
+        (event,) = until(made, [job], 200).values()
+    return job, event
+
+
+# -- what came of them ---------------------------------------------------------------------------
+
+
+def test_a_time_limit_saves_and_continues_in_a_new_start(told: dict[str, Future[tuple[Job, Event]]]) -> None:
+    job, event = told["time_limit"].result()
+    assert event.end == "done", event
+    assert_whole_curve(job, 450)
+    first, second = ends(job)
+    assert first["end"] == "timeout"
+    assert first["message"].startswith("timeout after ")
+    assert second["end"] == "done"
+    assert starts(job)[1]["resumed_from_step"] == int(first["message"].split()[2]) > 0
+    assert [start["provenance"]["slurm"]["restarts"] for start in starts(job)] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "why"),
+    [
+        ("preempted", 100, "preempted"),
+        ("preempted_where_that_cancels", 100, "preempted"),
+        ("requeued_by_hand", 60, "cancelled"),
+    ],
+)
+def test_a_preemption_and_a_requeue_save_and_continue(
+    told: dict[str, Future[tuple[Job, Event]]], name: str, steps: int, why: str
+) -> None:
+    job, event = told[name].result()
+    assert event.end == "done", event
+    assert_whole_curve(job, steps)
+    first, second = ends(job)
+    assert (first["end"], second["end"]) == ("cancelled", "done")
+    assert first["message"].startswith(f"{why} after ")
+    assert starts(job)[1]["resumed_from_step"] == int(first["message"].split()[2]) > 0
+
+
+def test_a_lost_nodes_cell_starts_again_elsewhere(told: dict[str, Future[tuple[Job, Event]]]) -> None:
+    job, event = told["node_lost"].result()
+    assert event.end == "done", event
+    assert_whole_curve(job, 100)
+    first, second = starts(job)
+    assert first["provenance"]["slurm"]["node"] != second["provenance"]["slurm"]["node"]
+    assert second["resumed_from_step"] > 0
+
+
+def test_a_process_that_works_on_is_waited_for(told: dict[str, Future[tuple[Job, Event]]]) -> None:
+    job, event = told["node_given_up_that_works_on"].result()
+    assert event.end == "done", event
+    assert_whole_curve(job, 500)
+    assert len(starts(job)) == 1, "nobody trained the cell beside its living process"

@@ -1,0 +1,133 @@
+"""What the scheduler knows of a machine and a cell: threads, GPUs, memory, who is trained with whom."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from supar_sweep.cli.launch import price, with_threads
+from supar_sweep.cli.settings import Settings
+from supar_sweep.config.decode import encode
+from supar_sweep.training.cost import (
+    COMPACT_FLOPS_MULT,
+    FLOPS_A_THREAD,
+    MOST_TOGETHER,
+    WORTH_STACKING_FLOPS,
+    count_parameters,
+    flops_per_step,
+    memory_gb,
+    most_together,
+    relative_cost,
+    threads_for,
+)
+from supar_sweep.training.environment import memory_of_machine_gb, visible_gpus
+from tests.grids import pool
+from tests.tiny import RUNTIME, tiny_cell
+
+BIG = {"model.width": 2048, "train.batch_seqs": 64}
+
+
+def settings(**runtime: Any) -> Settings:
+    plain = {"runtime": {**RUNTIME, **runtime}, "launcher": {"name": "local", "processes": None, "grace_s": 1.0}}
+    return Settings(command="run", plain=plain, overrides=())
+
+
+def test_a_cells_cost_is_its_flops_and_compact_layers_save_those_of_dead_weights() -> None:
+    cell = tiny_cell(density=1 / 16)
+    steps, dense = cell.train.steps, flops_per_step(cell, dense_compute=True)
+    assert relative_cost(cell, compact=False) == steps * dense
+    hidden = 6 * cell.train.batch_seqs * cell.model.context_tokens * count_parameters(cell).sparse_total
+    expected = steps * (dense - hidden * (1 - COMPACT_FLOPS_MULT / 16))
+    assert relative_cost(cell, compact=True) == pytest.approx(expected)
+    almost_dense = tiny_cell(density=0.9)  # compact would be slower, so nobody computes it so
+    assert relative_cost(almost_dense, compact=True) == relative_cost(almost_dense, compact=False)
+
+
+def test_small_cells_are_trained_together_as_far_as_memory_goes() -> None:
+    cell = tiny_cell()
+    assert most_together(cell, device="cpu", free_gb=math.inf) == MOST_TOGETHER["cpu"]
+    assert most_together(cell, device="cuda", free_gb=math.inf) == MOST_TOGETHER["cuda"]
+    assert most_together(cell, device="cpu", free_gb=3.5 * memory_gb(cell)) == 3
+    assert most_together(cell, device="cpu", free_gb=0) == 1
+    big = tiny_cell(**BIG)
+    assert flops_per_step(big, dense_compute=True) > WORTH_STACKING_FLOPS["cpu"]
+    assert most_together(big, device="cpu", free_gb=math.inf) == 1
+
+
+def test_idle_cores_become_threads_where_there_is_work_for_them() -> None:
+    big, small = tiny_cell(**BIG), tiny_cell()
+    assert flops_per_step(big) > 4 * FLOPS_A_THREAD
+    assert threads_for(big, 4) == 4
+    assert threads_for(small, 4) == 1
+    assert threads_for(big, 0) == 1
+
+
+def test_threads_are_as_asked_else_what_the_cells_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8))
+    big = tiny_cell(**BIG)
+
+    def threads(n_cells: int, **runtime: Any) -> int | None:
+        return with_threads(settings(**{"threads": None, **runtime}), [big] * n_cells).runtime().threads
+
+    assert [threads(n) for n in (0, 1, 2, 3, 8, 100)] == [1, 8, 4, 2, 1, 1]
+    assert threads(1, threads=3) == 3
+
+
+def test_a_price_says_who_can_be_trained_together(tmp_path: Path) -> None:
+    cell = tiny_cell()
+    others = {
+        "seed, lr, density and rules": (
+            tiny_cell(seed=1, density=0.5, parameterization="sp", **{"hparams.lr": 1.0}),
+            True,
+        ),
+        "steps": (tiny_cell(**{"train.steps": 99}), True),
+        "width": (tiny_cell(**{"model.width": 64}), False),
+        "batch": (tiny_cell(**{"train.batch_seqs": 8}), False),
+        "precision": (tiny_cell(**{"train.precision": "float64"}), False),
+        "data": (tiny_cell(**{"data.val_fraction": 0.2}), False),
+    }
+    with pool(tmp_path) as launcher:
+        of = price(settings(), launcher)
+        for what, (other, same) in others.items():
+            assert (of(other).shape == of(cell).shape) == same, what
+        assert of(cell).together == MOST_TOGETHER["cpu"]
+        assert price(settings(cohort=3), launcher)(cell).together == 3
+        assert price(settings(compile=True), launcher)(cell).together == 1
+        assert of(tiny_cell(**{"train.target": "mine.train"})).together == 1
+        assert of(tiny_cell(density=0.01)).cost == price(settings(compute="dense"), launcher)(cell).cost
+        assert price(settings(compute="auto"), launcher)(tiny_cell(density=0.01)).cost < of(cell).cost
+    assert encode(cell.model)["width"] == 32
+
+
+SMI = """#!/bin/sh
+echo "0, GPU-aa, 81559"
+echo "1, GPU-bb, 40960"
+"""
+
+
+def test_gpus_are_those_that_the_driver_lists_and_the_user_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert visible_gpus() == {}
+    program = tmp_path / "nvidia-smi"
+    program.write_text(SMI)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    big, small = 81559 * 2**20 / 1e9, 40960 * 2**20 / 1e9
+    assert visible_gpus() == {"0": big, "1": small}
+    for allowed, expected in {"1": {"1": small}, "GPU-bb,0": {"GPU-bb": small, "0": big}, "": {}, "7": {}}.items():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", allowed)
+        assert visible_gpus() == expected
+        assert list(visible_gpus()) == list(expected)
+    program.write_text("#!/bin/sh\nexit 9\n")
+    assert visible_gpus() == {}
+
+
+def test_free_memory_is_less_than_there_is() -> None:
+    assert 0 < memory_of_machine_gb() < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
