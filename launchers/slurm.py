@@ -61,7 +61,7 @@ class SlurmLauncher:
         self._max_array_size = self._slurm.max_array_size()
         self._config, self._threads, self._function = config, threads, function
         self._folder = folder.absolute()
-        self.slots = config.max_elements
+        self.slots, self.processes = config.max_elements, config.array_parallelism
         self._gathered: list[list[Job]] = []
         self._batches: list[_Batch] = []
         self._elements: dict[str, _Element] = {}
