@@ -36,6 +36,7 @@ class SlurmConfig:
     """conf/launcher/slurm.yaml."""
 
     name: str = setting("slurm", choices=("slurm",))
+    wait: bool = setting("follow the jobs to their end; false: submit, and return at once")
     partition: str | None = setting("partition; null = the cluster's default")
     account: str | None = setting("account; null = yours by default")
     qos: str | None = setting("quality of service; null = the default")

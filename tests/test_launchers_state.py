@@ -87,6 +87,13 @@ def test_what_is_in_the_queue_is_under_way_whatever_the_accounting_says(
         assert (found.state, found.settled) == (state, False)
 
 
+def test_a_failed_launch_is_told_from_a_hold_that_somebody_wanted() -> None:
+    assert Report("PENDING", "launch failed requeued held").launch_failed
+    assert Report("REQUEUE_HOLD", "launch_failed_requeued_held").launch_failed
+    assert not Report("PENDING", "JobHeldUser").launch_failed
+    assert not Report("RUNNING", "None").launch_failed
+
+
 @pytest.mark.parametrize(
     ("said", "state", "died"),
     [
