@@ -85,7 +85,7 @@ def test_run_status_cancel_and_run_again_on_the_command_line(slurm: Cluster, tmp
         *("experiment.name=t", "experiment.axes.seed=[0,1,2]", "train.steps=40", "runtime.device=cpu"),
         *("model.width=32", "model.d_head=16", "format=json", "launcher=dev_cluster"),
     )
-    held = "launcher.sbatch={hold: true}"
+    held = "launcher.sbatch.hold=true"
 
     def status() -> dict[str, int]:
         total = json.loads(cli(tmp_path, "status", "experiment.name=t", "format=json").stdout)["total"]
