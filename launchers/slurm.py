@@ -170,9 +170,8 @@ class SlurmLauncher:
             write_file(script, self.script(array, len(batch.groups), batch.at_once))
             job_id = self._slurm.sbatch(script)
         array.note_submitted(job_id)
-        now_s = time.monotonic()
         for index, group in enumerate(batch.groups):
-            self._elements[f"{job_id}_{index}"] = _Element(array, _folders(group), last_live_s=now_s)
+            self._elements[f"{job_id}_{index}"] = _Element(array, _folders(group))
 
     def _not_now(self, batch: _Batch, refused: Refused) -> None:
         """Take back what sbatch refused: for later, in two halves where the queue is full, for good otherwise."""
@@ -249,7 +248,7 @@ class SlurmLauncher:
         queued = self._left_over.get(job["cell_id"])
         if queued is None or own_record(folder_of(job), queued.array.key).end in SETTLED:
             return False
-        followed = _Element(queued.array, {}, last_live_s=time.monotonic(), adopted=True)
+        followed = _Element(queued.array, adopted=True)
         self._elements.setdefault(queued.element, followed).waiting[job["cell_id"]] = folder_of(job)
         return True
 
@@ -263,8 +262,10 @@ class SlurmLauncher:
         if queue is None:
             return
         for each, element in self._elements.items():
-            if each in queue and queue[each].live:
-                element.last_live_s = now_s
+            if each not in queue or not queue[each].live:
+                element.gone_s = element.gone_s or now_s
+            else:
+                element.gone_s = None
                 if queue[each].launch_failed and element.releases < RELEASES:
                     element.releases += 1
                     self._slurm.release(each)
@@ -274,12 +275,12 @@ class SlurmLauncher:
             report = queue.get(each)
             if report is not None and report.live and report.state != "RUNNING" and not report.restarts:
                 continue  # not begun yet: its cells' files have nothing to tell
-            self._judge(each, element, report, accounts.get(each), now_s - element.last_live_s)
+            self._judge(each, element, report, accounts.get(each), now_s - (element.gone_s or now_s))
             if not element.waiting:
                 del self._elements[each]
 
     def _judge(
-        self, each: str, element: _Element, queue: Report | None, account: Report | None, since_live_s: float
+        self, each: str, element: _Element, queue: Report | None, account: Report | None, since_gone_s: float
     ) -> None:
         live = queue is not None and queue.live
         last_words = "" if live else element.array.last_words(each)
@@ -289,7 +290,7 @@ class SlurmLauncher:
                 own,
                 queue,
                 account,
-                since_live_s=since_live_s,
+                since_gone_s=since_gone_s,
                 grace_s=self._config.grace_s,
                 last_words=last_words,
             )
@@ -349,14 +350,14 @@ class _Element:
     Args:
         array: its array.
         waiting: the cells whose end was not told yet, by id.
-        last_live_s: when it was last seen waiting or running (time.monotonic).
+        gone_s: when it was first seen to be neither waiting nor running (time.monotonic); None = it is.
         adopted: submitted by an earlier launcher.
         releases: how often it was let go after a node could not start it.
     """
 
     array: ArrayFolder
     waiting: dict[str, CellFolder] = field(default_factory=dict)
-    last_live_s: float = 0.0
+    gone_s: float | None = None
     adopted: bool = False
     releases: int = 0
 

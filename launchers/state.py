@@ -89,7 +89,7 @@ def judge(
     queue: Report | None,
     account: Report | None,
     *,
-    since_live_s: float,
+    since_gone_s: float,
     grace_s: float,
     last_words: str = "",
 ) -> Verdict:
@@ -100,7 +100,7 @@ def judge(
         own: what the cell's files say, read now.
         queue: what the queue tells of its element; None = nothing.
         account: what the accounting tells; None = nothing, or there is none.
-        since_live_s: how long ago the element was last seen in the queue, waiting or running, >= 0.
+        since_gone_s: how long ago the element was first seen to be neither waiting nor running, >= 0.
         grace_s: how long a file, or a requeue, may take to be seen: nothing is called lost before.
         last_words: the end of what the element printed.
     """
@@ -114,7 +114,7 @@ def judge(
     said = account or queue
     if account is not None and account.live:  # it lags behind the queue
         said = queue
-    if since_live_s < grace_s:
+    if since_gone_s < grace_s:
         return Verdict("unknown", "has left the queue, or is about to be requeued")
     if own.locked:
         return Verdict("running", "SLURM has given it up, and its process still holds the cell")

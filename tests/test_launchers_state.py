@@ -47,23 +47,23 @@ def verdict(
     queue: str | Report | None = None,
     account: str | Report | None = None,
     *,
-    since_live_s: float = LATE_S,
+    since_gone_s: float = LATE_S,
     last_words: str = "",
 ) -> Verdict:
     said = [Report(each) if isinstance(each, str) else each for each in (queue, account)]
-    return judge(own or OwnRecord(begun=True), *said, since_live_s=since_live_s, grace_s=GRACE_S, last_words=last_words)
+    return judge(own or OwnRecord(begun=True), *said, since_gone_s=since_gone_s, grace_s=GRACE_S, last_words=last_words)
 
 
 @given(records, reports, reports, st.floats(0, 2 * GRACE_S))
 def test_every_answer_is_a_state_and_the_cells_own_result_comes_first(
-    own: OwnRecord, queue: Report | None, account: Report | None, since_live_s: float
+    own: OwnRecord, queue: Report | None, account: Report | None, since_gone_s: float
 ) -> None:
-    found = judge(own, queue, account, since_live_s=since_live_s, grace_s=GRACE_S)
+    found = judge(own, queue, account, since_gone_s=since_gone_s, grace_s=GRACE_S)
     assert found.state in STATES
     assert found.settled or not found.died
     if own.end in ("done", "diverged", "failed", "oom"):
         assert (found.state, found.settled, found.died) == (own.end, True, False)
-    elif since_live_s < GRACE_S or own.locked or (queue and queue.live):
+    elif since_gone_s < GRACE_S or own.locked or (queue and queue.live):
         assert not found.settled, "nothing is called lost before the grace, or beside a living process"
 
 
