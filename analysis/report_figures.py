@@ -24,6 +24,9 @@ SWEPT = ("lr", "init_std")
 LINES = ("density", "width", "n_layer")
 """What may tell the lines of a basin apart, the first that varies."""
 
+_GRID = "experiment.axes"
+"""The key of what is wrong with the grid itself: a reader of the page sees the words alone."""
+
 CurveOf = Callable[[str], Sequence[Mapping[str, Any]]]
 
 
@@ -126,7 +129,7 @@ def pictures(
         try:
             found.append(make())
         except ConfigError as error:
-            left.append(LeftOut(kind, str(error)))
+            left.append(LeftOut(kind, error.problem if error.key == _GRID else str(error)))
     if study is None:
         left.append(LeftOut("study", "the grid's records name no study, or its journal is not in this runs folder"))
     else:
@@ -154,9 +157,9 @@ def _heatmap(table: pd.DataFrame, metric: str) -> Picture:
     across = [len(set(rows["density"])) for _, rows in table.groupby(hue)]
     down = [len(set(rows[hue])) for _, rows in table.groupby("density")]
     if max(across) < 2 or max(down) < 2:
-        raise ConfigError("experiment.axes", "a map needs several densities at one width, and several widths at one density")
+        raise ConfigError(_GRID, "a map needs several densities at one width, and several widths at one density")
     if swept_axis(table) is None:
-        raise ConfigError("experiment.axes", "no axis was swept, so there are no optima to map")
+        raise ConfigError(_GRID, "no axis was swept, so there are no optima to map")
     return Picture(
         "heatmap",
         "heatmap",
@@ -170,7 +173,7 @@ def _heatmap(table: pd.DataFrame, metric: str) -> Picture:
 def _pareto(table: pd.DataFrame, metric: str) -> Picture:
     x = line_axis(table)
     if len(values_of(table, x)) < 2:
-        raise ConfigError("experiment.axes", "only one density, width and depth: no line to draw over them")
+        raise ConfigError(_GRID, "only one density, width and depth: no line to draw over them")
     apart = parts(table, (x, "parameterization"), SWEPT)[0]
     col = next((axis for axis in LINES if axis in apart), None)
     return Picture(
@@ -186,7 +189,7 @@ def _pareto(table: pd.DataFrame, metric: str) -> Picture:
 def _scaling(table: pd.DataFrame, metric: str) -> Picture:
     found = scaling.scaling(table, metric=metric)
     if all(panel.fit is None for panel in found.panels):
-        raise ConfigError("experiment.axes", found.panels[0].reason if found.panels else "no optimum to fit")
+        raise ConfigError(_GRID, found.panels[0].reason if found.panels else "no optimum to fit")
     return Picture(
         "scaling",
         "scaling",

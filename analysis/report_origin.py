@@ -6,7 +6,7 @@ import math
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 from supar_sweep.config.schema import CellConfig
@@ -23,6 +23,10 @@ from .report_cost import device
 Facts = tuple[tuple[str, str], ...]
 
 
+GAPS = ("", "-", "reference")
+"""What a cell of a column of numbers may hold instead of one."""
+
+
 @dataclass(frozen=True)
 class Table:
     """A table of plain text. `heading` is "" where the text around it says it all."""
@@ -34,12 +38,13 @@ class Table:
 
     @property
     def numeric(self) -> tuple[bool, ...]:
-        """Which columns hold numbers: they are aligned to the right."""
-        return tuple(all(_is_number(row[i]) for row in self.rows) for i in range(len(self.columns)))
+        """Which columns hold numbers, and gaps between them: they are aligned to the right."""
+        columns = ([row[i] for row in self.rows if row[i] not in GAPS] for i in range(len(self.columns)))
+        return tuple(bool(values) and all(map(_is_number, values)) for values in columns)
 
 
 def _is_number(text: str) -> bool:
-    return text == "-" or text.lstrip("<>=+-~ [")[:1].isdigit()
+    return text.lstrip("<>=+- ")[:1].isdigit()
 
 
 @dataclass(frozen=True)
@@ -119,8 +124,8 @@ def _doubts(
         yield "The cells were not all trained by the same code and versions; the table below lists them."
     if not _rules_are_ours(plan, cells):
         yield (
-            f"The cells carry the ids of another rule table or schema than this program's (rules version {RULES_VERSION}), so the "
-            "factors below, which are this program's, need not be those that they were trained with."
+            f"The cells' ids are of another rule table or schema than this program's (rules version {RULES_VERSION}): the "
+            "factors below are this program's, and need not be those that they were trained with."
         )
     prints = {planned.fingerprint for planned in plan.cells.values()}
     data = (winner.lineage.get("data") or {}) if winner is not None else {}
@@ -213,7 +218,7 @@ def _targets(cells: Mapping[str, CellConfig], winner: Winner | None) -> Table:
     """Return what the rules make of the base values for the hidden weights of each shape."""
     rows: dict[tuple[str, ...], None] = {}
     for cell in cells.values():
-        hparams = cell.hparams if winner is None else replace(winner.hparams)
+        hparams = cell.hparams if winner is None else winner.hparams
         ratios = cell.ratios()
         found = role_hparams("hidden", cell.method(), ratios, hparams, in_block=True, eps=cell.optimizer.eps)
         values = ("-", "-") if winner is None else (f"{found.lr:.4g}", f"{found.init_std:.4g}")

@@ -225,7 +225,7 @@ def test_cells_of_another_rule_table_are_named() -> None:
     points = tuple({**point, "cell_id": f"0{point['cell_id'][1:]}"} for point in plan.points)
     found = report(records(replace(plan, cells=cells, points=points)))
     assert [step.name for step in found.origin.steps if step.kind == "Rules"] == ["another version"]
-    assert any("another rule table" in warning for warning in found.origin.warnings)
+    assert any("of another rule table" in warning for warning in found.origin.warnings)
 
 
 def test_cells_of_several_versions_are_counted() -> None:

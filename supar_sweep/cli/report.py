@@ -23,6 +23,9 @@ from supar_sweep.sweep.trials import trial_rows
 from supar_sweep.sweep.winner import load_winner
 from supar_sweep.training.environment import versions
 
+READ = ("end", "flops", "train_s", "wall_s", "device", "device_name", "versions", "provenance", "data")
+"""What a report takes of a result; the rest, layer by layer, would fill the memory for a large grid."""
+
 
 def report(settings: Settings) -> int:
     """Write the report into the experiment's folder, print the verdict's table; return 0."""
@@ -82,7 +85,7 @@ def _results(cells: Mapping[str, CellFolder]) -> dict[str, Mapping[str, Any]]:
         except RecordError:
             continue
         if result is not None:
-            found[this] = result
+            found[this] = {key: result[key] for key in READ if key in result}
     return found
 
 
