@@ -339,8 +339,8 @@ def _costs(spent: Cost) -> Table:
         for shape in spent.shapes
     ]
     columns = ("width", "density", "layers", "steps", "complete", "a run", "spent", "time", "direct tuning", "its time")
-    kept = len(columns) if spent.direct_flops is not None else -2
-    table = Table("By shape", columns[:kept] if kept < 0 else columns, tuple(row[:kept] if kept < 0 else row for row in rows))
+    n_shown = len(columns) - (2 if spent.direct_flops is None else 0)
+    table = Table("By shape", columns[:n_shown], tuple(row[:n_shown] for row in rows))
     return _without_constant(table, ("layers", "steps"))
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import log2, sin
 from typing import Any
 
 from analysis.report import Records, StudyRecords, study_cell_ids
-from supar_sweep.config.decode import encode
+from supar_sweep.config.decode import decode, encode
 from supar_sweep.config.schema import CellConfig
 from supar_sweep.rules.hparams import HParams
 from supar_sweep.sweep.grid import GridPoint
@@ -58,8 +59,6 @@ def grid(provenance: Mapping[str, Any] | None = None, **overrides: Any) -> Plan:
 
 def loss_of(point: Mapping[str, Any]) -> float:
     """Return the made-up loss of a grid point: a parabola around its optimum, a seed's offset, fixed noise."""
-    from math import log2, sin
-
     name, x, seed = point["parameterization"], log2(point["lr"]), point["seed"]
     trained_as = "mup" if name == "supar" and point["density"] == 1 else name  # they share a cell
     optimum = OPTIMA[name][DENSITIES.index(point["density"])]
@@ -169,6 +168,4 @@ def run_flops(plan: Plan, this: str) -> float:
 
 def cell_of(plan: Plan, this: str) -> CellConfig:
     """Return a planned cell, decoded."""
-    from supar_sweep.config.decode import decode
-
     return decode(CellConfig, plan.cells[this].cell)

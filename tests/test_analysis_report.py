@@ -329,7 +329,7 @@ def test_a_figure_says_its_size(whole: Report) -> None:
 
 def test_many_cells_are_cut_with_a_word(whole: Report) -> None:
     n = len(whole.cells.rows)
-    assert n == int(dict((s.kind, s.name) for s in whole.origin.steps)["Cells"]) < CELLS_LISTED
+    assert n == int({step.kind: step.name for step in whole.origin.steps}["Cells"]) < CELLS_LISTED
     assert whole.cells.note == ""
 
 

@@ -43,10 +43,10 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with browser(tmp_path_factory.mktemp("profile")) as opened:
+    with browser(tmp_path_factory.mktemp("profile")) as one:
         # no address but this machine's files
-        opened.call("Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=0, uploadThroughput=0)
-        yield opened
+        one.call("Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=0, uploadThroughput=0)
+        yield one
 
 
 def opened(chromium: Browser, page: Path, width_px: int, height_px: int, **how: Any) -> Browser:
