@@ -170,7 +170,10 @@ def _facts(table: pd.DataFrame, records: Records) -> Facts:
         ("densities", values("density")),
         ("widths", values("width")),
         ("layers", values("n_layer")),
-        ("learning rates", f"{rates[0]:.3g} to {rates[-1]:.3g} ({len(rates)})" if len(rates) > 1 else f"{rates[0]:.4g}"),
+        (
+            "learning rates",
+            f"{rates[0]:.3g} to {rates[-1]:.3g} ({len(rates)})" if len(rates) > 1 else f"{rates[0]:.4g}",
+        ),
         ("seeds", str(table["seed"].nunique())),
         ("complete", f"{len(records.results)} of {len(records.plan.cells)} cells"),
     )
@@ -216,10 +219,23 @@ def optima(found: Sequence[Entry]) -> Table:
         for entry in found
     ]  # fmt: skip
     columns = (
-        *("", "width", "density", "layers", "seeds", f"best {name}", f"log2 {name}", "95% CI", "shift, octaves", "95% CI"),
+        *(
+            "",
+            "width",
+            "density",
+            "layers",
+            "seeds",
+            f"best {name}",
+            f"log2 {name}",
+            "95% CI",
+            "shift, octaves",
+            "95% CI",
+        ),
         *("regret, nats", "regret, %", "at most, %", "best loss", "note"),
     )
-    return _without_constant(Table("Optima, shifts and regret", columns, tuple(rows)), ("width", "layers", "seeds", "note"))
+    return _without_constant(
+        Table("Optima, shifts and regret", columns, tuple(rows)), ("width", "layers", "seeds", "note")
+    )
 
 
 def _or_bound(value: float | None, bound: float | None, side: str | None, form: str) -> str:
@@ -238,7 +254,9 @@ def _least(entry: Entry, value: float | None, form: str) -> str:
 
 def _without_constant(table: Table, names: Iterable[str]) -> Table:
     """Return the table without those of the named columns that have one value, which go into its note."""
-    apart = [i for i, name in enumerate(table.columns) if name in set(names) and len({row[i] for row in table.rows}) == 1]
+    apart = [
+        i for i, name in enumerate(table.columns) if name in set(names) and len({row[i] for row in table.rows}) == 1
+    ]
     kept = [i for i in range(len(table.columns)) if i not in apart]
     said = [f"{table.columns[i]} {table.rows[0][i]}" for i in apart if table.rows and table.rows[0][i]]
     return Table(
@@ -302,7 +320,9 @@ def study_cell_ids(winner: Winner, trials: Sequence[Mapping[str, Any]]) -> set[s
     proxy, mark = proxy_of(winner), (winner.lineage.get("data") or {}).get("fingerprint")
     if proxy is None or mark is None:
         return set()
-    tried: dict[int, HParams] = {row["number"]: replace(proxy.hparams, **row["params"]) for row in trials if row["params"]}
+    tried: dict[int, HParams] = {
+        row["number"]: replace(proxy.hparams, **row["params"]) for row in trials if row["params"]
+    }
     found = {cell_id(replace(proxy, hparams=hparams), mark) for hparams in tried.values()}
     for each in winner.lineage.get("confirmed") or ():
         if each["trial"] in tried:
@@ -345,7 +365,9 @@ def _costs(spent: Cost) -> Table:
 
 
 def _states(records: Records) -> Table:
-    axes = [a for a in ("parameterization", "width", "n_layer", "density") if len({p[a] for p in records.plan.points}) > 1]
+    axes = [
+        a for a in ("parameterization", "width", "n_layer", "density") if len({p[a] for p in records.plan.points}) > 1
+    ]
     groups = status_counts(records.plan, records.states, by=axes)
     shown = [state for state in STATES if any(group[state] for group in groups)]
     names = {"parameterization": "", "n_layer": "layers"}

@@ -11,7 +11,7 @@ from supar_sweep.config.schema import CellConfig
 from supar_sweep.training.cost import flops_per_step
 
 FORMULA = (
-    "direct tuning of a shape = runs of the proxy's study (trials and confirmations) x cost of one run of that shape, "
+    "Direct tuning of a shape = runs of the proxy's study (trials and confirmations) x cost of one run of that shape, "
     "summed over every shape that is not the proxy's. FLOPs of a run: steps x FLOPs a step, of live weights. Hours of a "
     "run: the mean of the runs recorded here."
 )

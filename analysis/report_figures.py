@@ -117,8 +117,15 @@ def pictures(
         curve_of: cell id -> its metrics, a mapping a logged step.
         study: where the hyperparameters were tuned; None = not known.
     """
-    found = [_basins(each, sets) for each in sets]
-    left = [] if sets else [LeftOut("basins", "neither lr nor init_std has several values on a line")]
+    found, left = [], []
+    for each in sets:
+        picture = _basins(each, sets)
+        if any(point.losses for panel in each.panels for line in panel.lines for point in line.points):
+            found.append(picture)
+        else:
+            left.append(LeftOut(picture.name, "none of its runs has a loss yet"))
+    if not sets:
+        left.append(LeftOut("basins", "neither lr nor init_std has several values on a line"))
     makers: tuple[tuple[str, Callable[[], Picture]], ...] = (
         ("heatmap", lambda: _heatmap(table, metric)),
         ("pareto", lambda: _pareto(table, metric)),
@@ -160,13 +167,17 @@ def _heatmap(table: pd.DataFrame, metric: str) -> Picture:
         raise ConfigError(_GRID, "a map needs several densities at one width, and several widths at one density")
     if swept_axis(table) is None:
         raise ConfigError(_GRID, "no axis was swept, so there are no optima to map")
+    found = heatmap.heatmap(table, "density", hue, metric=metric)
+    compared = [cell for _, cells in found.panels for cell in cells if not cell.is_reference]
+    if all(cell.shift.value is None and cell.shift.bound is None for cell in compared):
+        raise ConfigError(_GRID, "the map needs the optimum of the proxy's own shape, and of others")
     return Picture(
         "heatmap",
         "heatmap",
         f"Shift and regret over {style.axis_name(hue).lower()} and density",
         "Against one reference, the proxy's own shape (framed): how far the best value moves, and what its own best "
         "value would have saved each shape. Darker is worse; pale is transfer.",
-        heatmap.heatmap(table, "density", hue, metric=metric),
+        found,
     )
 
 

@@ -308,7 +308,7 @@ def _software_of(result: Mapping[str, Any]) -> dict[str, str]:
 
 def _software(results: Mapping[str, Mapping[str, Any]]) -> Table:
     """Return which code, versions and devices trained how many of the complete cells."""
-    counted = Counter(tuple(_software_of(each).items()) + (("device", device(each)),) for each in results.values())
+    counted = Counter((*_software_of(each).items(), ("device", device(each))) for each in results.values())
     names = tuple(dict.fromkeys(name for row in counted for name, _ in row))
     rows = tuple((*(dict(row).get(name, "-") for name in names), str(n)) for row, n in counted.most_common())
     return Table("What trained the complete cells", (*names, "cells"), rows, "A + after a commit: uncommitted changes.")

@@ -52,6 +52,7 @@ def html(found: Report) -> str:
         ],
         figures=list(_figures(found)),
         cost=_cost_words(found),
+        rule=found.rule.replace("+-", "\N{PLUS-MINUS SIGN}"),
         formula=FORMULA,
         meaning=MEANING,
         claim_words={True: ("yes", "holds"), False: ("no", "does not hold"), None: ("open", "cannot be said")},
@@ -101,6 +102,8 @@ def _cost_words(found: Report) -> list[tuple[str, str]]:
     elif study is None:
         rows.append(("Tuning each target directly", "no study is known, so there is no number of runs to compare with"))
     if spent.unfinished_s:
-        rows.append(("Attempts without a result", f"{time_text(spent.unfinished_s)} in processes that had to begin again"))
+        rows.append(
+            ("Attempts without a result", f"{time_text(spent.unfinished_s)} in processes that had to begin again")
+        )
     rows.append(("Computed on", "; ".join(f"{name}: {n} cells" for name, n in spent.devices.items())))
     return rows

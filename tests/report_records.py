@@ -106,15 +106,11 @@ def study(**lineage: Any) -> StudyRecords:
     best = winner(**lineage)
     ended = [row for row in TRIALS if row["end"] != "failed"]
     flops = proxy().train.steps * flops_per_step(proxy())
-    results = {
-        this: {"end": "done", "flops": flops, "train_s": STUDY_TRAIN_S} for this in study_cell_ids(best, ended)
-    }
+    results = {this: {"end": "done", "flops": flops, "train_s": STUDY_TRAIN_S} for this in study_cell_ids(best, ended)}
     return StudyRecords(winner=best, trials=TRIALS, results=results)
 
 
-def records(
-    plan: Plan | None = None, ends: Mapping[str, CellState] | None = None, **changes: Any
-) -> Records:
+def records(plan: Plan | None = None, ends: Mapping[str, CellState] | None = None, **changes: Any) -> Records:
     """Return the records of a grid, all done but the cells in `ends`.
 
     Args:

@@ -81,6 +81,25 @@ def test_its_figures_are_those_that_the_grid_supports(whole: Report) -> None:
     assert "a fit needs" in reasons["scaling"]
 
 
+def test_a_basin_without_any_loss_is_left_out() -> None:
+    plan = grid()
+    wide = grid(**{"model.width": 64})
+    both = replace(plan, points=plan.points + wide.points, cells={**plan.cells, **wide.cells})
+    found = report(records(both, {this: CellState("missing") for this in wide.cells}))
+    assert [each.name for each in found.figures if each.kind == "lr_basins"] == ["lr_basins-width32"]
+    reasons = {each.kind: each.reason for each in found.left_out}
+    assert reasons["lr_basins-width64"] == "none of its runs has a loss yet"
+    assert "heatmap" in {each.kind for each in found.figures}
+
+
+def test_a_map_without_its_reference_is_left_out() -> None:
+    plan = grid()
+    wide = grid(**{"model.width": 64})
+    both = replace(plan, points=plan.points + wide.points, cells={**plan.cells, **wide.cells})
+    found = report(records(both, {this: CellState("missing") for this in plan.cells}))
+    assert "the proxy's own shape" in {each.kind: each.reason for each in found.left_out}["heatmap"]
+
+
 def test_curves_are_drawn_at_the_transferred_value(whole: Report) -> None:
     asked: list[str] = []
     plan = grid()
@@ -99,7 +118,9 @@ def test_the_swept_axis_is_found(values: dict[str, list[float]], axis: str | Non
     if "lr" in values:
         rows = [row for row in rows if row["lr"] in values["lr"]]
     if "init_std" in values:
-        rows = [{**row, "init_std": std, "cell_id": f"{row['cell_id']}{std}"} for row in rows for std in values["init_std"]]
+        rows = [
+            {**row, "init_std": std, "cell_id": f"{row['cell_id']}{std}"} for row in rows for std in values["init_std"]
+        ]
     table = frame(rows)
     assert swept_axis(table) == axis
     assert [each.x for each in basins_of(table, "train_loss")] == ([] if axis is None else [axis])
@@ -113,7 +134,9 @@ def test_lines_are_told_apart_by_width_where_density_is_one_value() -> None:
 def test_a_grid_without_a_swept_axis_has_no_verdict_and_says_so() -> None:
     plan = grid()
     kept = [point for point in plan.points if point["lr"] == 2.0**-7]
-    found = report(records(replace(plan, points=tuple(kept), cells={p["cell_id"]: plan.cells[p["cell_id"]] for p in kept})))
+    found = report(
+        records(replace(plan, points=tuple(kept), cells={p["cell_id"]: plan.cells[p["cell_id"]] for p in kept}))
+    )
     assert found.verdicts == ()
     assert "no optima to compare" in found.no_verdict
     assert [each.kind for each in found.figures] == ["pareto", "loss_curves", "study"]
@@ -167,9 +190,7 @@ def test_a_study_whose_records_are_gone_has_no_known_cost() -> None:
 
 def test_a_studys_cells_are_those_that_it_trained() -> None:
     tried = {row["params"]["lr"] for row in TRIALS}
-    expected = {
-        cell_id(replace(proxy(), hparams=replace(proxy().hparams, lr=lr)), FINGERPRINT) for lr in tried
-    } | {
+    expected = {cell_id(replace(proxy(), hparams=replace(proxy().hparams, lr=lr)), FINGERPRINT) for lr in tried} | {
         cell_id(replace(proxy(), hparams=replace(proxy().hparams, lr=2.0**-7), seed=seed), FINGERPRINT)
         for seed in (7, 8)
     }
@@ -335,7 +356,14 @@ def test_many_cells_are_cut_with_a_word(whole: Report) -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, "-"), (0.0, "0 FLOP"), (999.6, "1 kFLOP"), (2.83e8, "283 MFLOP"), (1.21e15, "1.21 PFLOP"), (3e27, "3e+03 YFLOP")],
+    [
+        (None, "-"),
+        (0.0, "0 FLOP"),
+        (999.6, "1 kFLOP"),
+        (2.83e8, "283 MFLOP"),
+        (1.21e15, "1.21 PFLOP"),
+        (3e27, "3e+03 YFLOP"),
+    ],
 )
 def test_flops_are_written_with_a_prefix(value: float | None, text: str) -> None:
     assert flops_text(value) == text
@@ -343,7 +371,14 @@ def test_flops_are_written_with_a_prefix(value: float | None, text: str) -> None
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(None, "-"), (0.4217, "0.422 s"), (89.0, "89 s"), (90.0, "1.5 min"), (5400.0, "1.5 h"), (3600.0 * 4321, "4,321 h")],
+    [
+        (None, "-"),
+        (0.4217, "0.422 s"),
+        (89.0, "89 s"),
+        (90.0, "1.5 min"),
+        (5400.0, "1.5 h"),
+        (3600.0 * 4321, "4,321 h"),
+    ],
 )
 def test_times_have_the_unit_that_suits_them(seconds: float | None, text: str) -> None:
     assert time_text(seconds) == text

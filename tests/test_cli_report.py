@@ -32,7 +32,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     tuned = f"hparams={folder}/studies/mine/best.yaml"
     assert main(["run", *common, *axes, tuned, "experiment.name=grid"]) == 0
-    broken = ("experiment.axes.lr=[0.01,0.02]", "experiment.axes.train.target=[null,no_such_module.train]", "model.width=16")
+    broken = (
+        "experiment.axes.lr=[0.01,0.02]",
+        "experiment.axes.train.target=[null,no_such_module.train]",
+        "model.width=16",
+    )
     assert main(["run", *common, *broken, "experiment.name=broken"]) == 1
     return folder
 
@@ -52,7 +56,15 @@ def test_it_writes_one_page_and_prints_the_verdict(runs: Path, capsys: pytest.Ca
     assert page.startswith("<!DOCTYPE html>")
     assert page.count("<figure>") == 2 + 4  # basins of each width; heatmap, pareto, curves, study
     text = text_of(page)
-    for said in ("SP", "S\N{MICRO SIGN}Par", "The rule.", "Study mine", "Formula.", "No cell failed.", "supar-sweep tune"):
+    for said in (
+        "SP",
+        "S\N{MICRO SIGN}Par",
+        "The rule.",
+        "Study mine",
+        "Formula.",
+        "No cell failed.",
+        "supar-sweep tune",
+    ):
         assert said in text, said
     best = Store(runs / "cells").index()
     assert f"All {2 * 2 * 2 * 2 * 4} cells" in text
