@@ -248,11 +248,10 @@ def _at_transferred(table: pd.DataFrame, each: BasinSet) -> Iterable[pd.DataFram
         wanted = _transferred(by_name[name])
         for hue in values_of(rows, each.hue):
             line = having(rows, each.hue, hue)
+            log2 = np.log2(line[each.x].to_numpy(dtype=float))
             if wanted is None:
-                wanted = float(np.log2(line[each.x].astype(float)).median())
-            log2 = np.log2(line[each.x].astype(float))
-            distance = (log2 - wanted).abs()
-            yield line[np.isclose(log2, log2.loc[distance.idxmin()])]
+                wanted = float(np.median(log2))
+            yield line[np.isclose(log2, log2[np.abs(log2 - wanted).argmin()])]
 
 
 def _transferred(panel: Panel) -> float | None:

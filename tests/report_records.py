@@ -38,7 +38,7 @@ PROVENANCE: Mapping[str, Any] = {
 TRAIN_S, STUDY_TRAIN_S = 3.0, 0.5
 
 
-def grid(provenance: Mapping[str, Any] | None = None, **overrides: Any) -> Plan:
+def grid(provenance: Mapping[str, Any] | None = None, width: int = 32) -> Plan:
     """Return a plan over parameterization x density x lr x seed."""
     points = []
     for name in OPTIMA:
@@ -46,7 +46,7 @@ def grid(provenance: Mapping[str, Any] | None = None, **overrides: Any) -> Plan:
             for lr in LRS:
                 for seed in SEEDS:
                     axes = {"parameterization": name, "density": density, "lr": lr, "seed": seed}
-                    settings = {"hparams.lr": lr, **{k: v for k, v in axes.items() if k != "lr"}, **overrides}
+                    settings = {"hparams.lr": lr, **{k: v for k, v in axes.items() if k != "lr"}, "model.width": width}
                     points.append(GridPoint(axes, tiny_cell(**settings)))
     return make_plan(
         "mine",
@@ -93,7 +93,7 @@ def winner(**lineage: Any) -> Winner:
     return Winner(hparams, known, proxy().base)
 
 
-TRIALS = (
+TRIALS: tuple[dict[str, Any], ...] = (
     {"number": 0, "end": "done", "loss": 2.9, "params": {"lr": 2.0**-9}},
     {"number": 1, "end": "diverged", "loss": None, "params": {"lr": 2.0**-4}},
     {"number": 2, "end": "done", "loss": 2.5, "params": {"lr": 2.0**-7}},
