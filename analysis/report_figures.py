@@ -228,8 +228,9 @@ def _loss_curves(table: pd.DataFrame, sets: Sequence[BasinSet], curve_of: CurveO
     else:
         hue, at = line_axis(table), "as run"
         chosen = where(table, parts(table, (hue, "parameterization"))[-1])
-    chosen = chosen.assign(curve=[curve_of(this) for this in chosen["cell_id"]])
-    if not any(len(curve) for curve in chosen["curve"]):
+    curves = [curve_of(this) for this in chosen["cell_id"]]
+    chosen = chosen.assign(curve=pd.Series(curves, index=chosen.index, dtype=object))
+    if not any(curves):
         raise ConfigError("experiment.name", "none of its cells has a recorded curve")
     return Picture(
         "loss_curves",
