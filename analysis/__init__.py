@@ -13,6 +13,8 @@
     style.py        the one look of every figure
     lr_basins.py    BasinSet -> Figure, PNG, PDF, CSV; so do the following, each from data of its own
     coord_check.py, pareto.py, heatmap.py, scaling.py, loss_curves.py, study.py
+    report.py       records of a grid and its study -> Report, with report_figures.py, report_origin.py, report_cost.py
+    report_page.py  Report -> one HTML file
 
 Nothing is imported here: every module is loaded by whoever needs it.
 """

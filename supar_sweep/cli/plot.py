@@ -100,7 +100,7 @@ def plot(settings: Settings) -> int:
     keywords: dict[str, Any] = {**axes, "fixed": config.where}
     if config.figure == "scaling":
         keywords = {"col": axes["col"], "fixed": config.where}
-        live = _live_hidden_weights(frozen)
+        live = live_hidden_weights(frozen)
         table["live_parameters"] = [live[this] for this in table["cell_id"]]
     if config.figure == "loss_curves":
         table = room("analysis.frames").where(table, config.where)
@@ -118,7 +118,7 @@ def plot(settings: Settings) -> int:
     return 0
 
 
-def _live_hidden_weights(frozen: Plan) -> dict[str, int]:
+def live_hidden_weights(frozen: Plan) -> dict[str, int]:
     """Return each cell's number of live hidden weights, by id; counted once a shape."""
     counted: dict[Any, int] = {}
     found = {}

@@ -143,6 +143,7 @@ READS = {
     "status": (*_GRID, "by"),
     "cancel": _GRID,
     "plot": (*_GRID, *FIGURE, "study", "check"),
+    "report": (*_GRID, "metric"),
     "coord-check": ("runtime", "check"),
 }
 """The top-level keys of each command, beside a cell's own and OUTPUT."""
