@@ -69,6 +69,7 @@ def test_counts_are_exact_and_what_is_dead_is_zero(name: str, overrides: dict[st
         key: mask.numel() if name.startswith("gmp") else final[key] for key, mask in first.items()
     }
     before, n_changed = first, 0
+    ages = {key: torch.zeros(mask.shape, dtype=torch.int64) for key, mask in first.items()}
     for step in range(STEPS):
         trainer.step(corpus, step)
         masks = masks_of(trainer)
@@ -85,6 +86,9 @@ def test_counts_are_exact_and_what_is_dead_is_zero(name: str, overrides: dict[st
             grown = mask & ~before[plan.name]
             for tensor in (plan.parameter, *moments):
                 assert not tensor[grown].any()
+            ages[plan.name] = (ages[plan.name] + 1).masked_fill(grown, 0)
+            if name in ("set", "rigl") and "exp_avg" in state:
+                assert torch.equal(state["step"][mask].long(), ages[plan.name][mask])
             assert name in ("set", "rigl") or not grown.any()  # pruned masks are nested
         changed = any(not torch.equal(masks[key], before[key]) for key in masks)
         assert schedule.is_update(step + 1) or not changed
