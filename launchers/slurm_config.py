@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from supar_sweep.config.schema import check_ranges, setting
+from supar_sweep.config.fields import check_ranges, setting
 from supar_sweep.errors import ConfigError
 
 SET_ELSEWHERE: Mapping[str, str] = {

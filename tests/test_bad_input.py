@@ -76,6 +76,14 @@ def test_what_cannot_be_is_one_line(capsys: pytest.CaptureFixture[str], here: Pa
         ("run experiment=lr_basins hparams.lr=0.1", "allowed: experiment.axes.lr=[...]"),
         ("plan experiment.zipped=[{width:[16,32],n_layer:[1,2]}] model.n_layer=3", "model.n_layer: has no effect"),
         ("transfer seed=1", "seed: has no effect on transfer"),
+        ("tune sparsity=rigl", "sparsity: has no effect on tune: the proxy is dense (got 'rigl'); allowed: static"),
+        ("plan sparsity=gmp density=1", "sparsity: has no effect at density 1: there is no dead weight (got 'gmp')"),
+        ("plan sparsity=set density=0.5 sparsity.start_fraction=0.1", "sparsity.start_fraction: has no effect"),
+        ("plan density=0.5 sparsity.dynamic_lr_exponent=0.5", "sparsity.dynamic_lr_exponent: has no effect"),
+        (
+            "run sparsity=rigl density=0.5 runtime.compute=compact",
+            "runtime.compute: cannot be had with sparsity.method",
+        ),
         ("transfer model.width=32 target.width=64", "model.width: has no effect: target.width replaces it"),
     ],
 )

@@ -103,6 +103,18 @@ def assert_as_alone(
         assert end.facts["mask_hash"] == alone.facts["mask_hash"]
 
 
+SWAPS = {"update_fraction": 0.2, "stop_fraction": 0.75, "drop_fraction": 0.3}
+PRUNES = {"method": "gmp", "update_fraction": 0.2, "start_fraction": 0.1, "stop_fraction": 0.75}
+CHANGING: list[dict[str, Any]] = [
+    {},
+    {"sparsity": {"method": "rigl", **SWAPS}},
+    {"sparsity": {"method": "rigl", **SWAPS, "update_fraction": 0.3, "dynamic_lr_exponent": 0.5}, "seed": 1},
+    {"sparsity": {"method": "set", **SWAPS}, "density": 0.5},
+    {"sparsity": {**PRUNES, "hparams_density": "final"}, "parameterization": "sp"},
+    {"sparsity": {**PRUNES, "hparams_density": "current"}},
+]
+"""Members whose masks change, each at steps of its own."""
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "biases": {"model.bias": True},
@@ -132,6 +144,12 @@ def test_in_float32_too(corpus: Corpus, stacks: list[int], variant: str, route: 
 
 def test_on_one_thread_the_bits_are_the_same(corpus: Corpus) -> None:
     assert_as_alone(corpus, cells())
+
+
+@pytest.mark.parametrize("shared", [{}, {"train.accumulation_steps": 2}], ids=["one batch", "accumulation"])
+def test_masks_change_in_company_as_they_do_alone(corpus: Corpus, stacks: list[int], shared: dict[str, Any]) -> None:
+    assert_as_alone(corpus, cells(shared, CHANGING))
+    assert max(stacks) == len(CHANGING)
 
 
 def test_in_bfloat16_up_to_its_rounding(corpus: Corpus) -> None:

@@ -24,6 +24,8 @@ MANDATORY = {
     "data=text": ["data.paths=[corpus.txt]"],
     "data=tokens": ["data.train_path=train.bin", "data.val_path=val.bin"],
     "data=hf": ["data.dataset=somebody/text"],
+    # masks change where there are dead weights
+    **{f"sparsity={method}": ["density=0.5"] for method in ("set", "rigl", "gmp")},
 }
 
 

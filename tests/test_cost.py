@@ -51,6 +51,18 @@ def test_flops_are_6n_plus_attention() -> None:
     assert flops_per_token(tiny_cell(density=0.25, **{"model.tied_head": True})) == flops_per_token(cell)
 
 
+def test_the_flops_of_a_pruned_run_are_those_of_its_mean_live_weights() -> None:
+    gmp = {"method": "gmp", "update_fraction": 0.25, "start_fraction": 0.0, "stop_fraction": 0.5}
+    cell = tiny_cell(density=0.25, sparsity={**gmp, "hparams_density": "final"})
+    hidden, head, attention = 2 * 12 * 32**2, 256 * 32, 12 * 2 * 32 * 16
+    # a quarter of the steps dense, a quarter after the first of two prunings, the rest at the end
+    mean = (1 + (0.25 + 0.75 / 8) + 0.25 + 0.25) / 4
+    assert flops_per_token(cell) == 6 * (round(hidden * mean) + head) + attention
+    assert flops_per_token(cell, steps_done=3) == flops_per_token(tiny_cell(density=1.0))
+    assert flops_per_token(cell, dense_compute=True) == flops_per_token(cell, steps_done=1)
+    assert memory_gb(cell) == memory_gb(cell, compact=True)
+
+
 def test_memory_is_weights_gradients_moments_and_activations() -> None:
     big = {"model.width": 1024, "model.d_head": 64, "density": 1.0}
     cell = tiny_cell(**big)

@@ -7,18 +7,14 @@ from typing import Any
 
 import pytest
 
-from supar_sweep.config.schema import (
-    CellConfig,
-    DataConfig,
-    OptimizerConfig,
-    RuntimeConfig,
-    later,
-    setting,
-)
+from supar_sweep.config.decode import decode
+from supar_sweep.config.fields import later, setting
+from supar_sweep.config.schema import CellConfig, DataConfig, OptimizerConfig, RuntimeConfig
+from supar_sweep.config.sparsity import SparsityConfig
 from supar_sweep.rules.parameterization import PARAMETERIZATIONS, RULES_VERSION
 from supar_sweep.sweep import identity
 from supar_sweep.sweep.identity import canonical, cell_id, label
-from tests.tiny import tiny_cell
+from tests.tiny import tiny_cell, tiny_plain
 
 DATA = "data-fingerprint"
 
@@ -72,6 +68,7 @@ NOT_IN_THE_TINY_CELL = {
     *("sp_start", "depth_alpha", "base.n_layer", "optimizer.momentum"),
     *("data.paths", "data.train_path", "data.val_path", "data.vocab_size"),
     *("data.dataset", "data.dataset_config", "data.split", "data.column"),
+    *(f"sparsity.{item.name}" for item in fields(SparsityConfig)),
 }
 WITH: dict[str, dict[str, Any]] = {
     "data.name": {"data": DataConfig(name="text", val_fraction=0.1, paths=("a.txt",))},
@@ -231,6 +228,62 @@ def test_settings_added_later_are_left_out_at_their_default() -> None:
     assert identity._plain(_New(a=5)) == identity._plain(_Old(a=5)) == {"a": 5}
     assert identity._plain(_New(a=5, b=1)) == {"a": 5, "b": 1}
     assert identity._plain(_New(a=5, inner=_Old(a=2))) == {"a": 5, "inner": {"a": 2}}
+
+
+SWAPS = {"update_fraction": 0.1, "stop_fraction": 0.75, "drop_fraction": 0.3}
+RIGL = {"method": "rigl", **SWAPS}
+GMP = {
+    "method": "gmp",
+    "update_fraction": 0.1,
+    "start_fraction": 0.1,
+    "stop_fraction": 0.75,
+    "hparams_density": "final",
+}
+SPARSITY_CHANGES: dict[str, list[dict[str, Any]]] = {
+    "method": [RIGL, {**RIGL, "method": "set"}],
+    "update_fraction": [RIGL, {**RIGL, "update_fraction": 0.2}],
+    "stop_fraction": [RIGL, {**RIGL, "stop_fraction": 0.5}],
+    "drop_fraction": [RIGL, {**RIGL, "drop_fraction": 0.2}],
+    "dynamic_lr_exponent": [RIGL, {**RIGL, "dynamic_lr_exponent": 0.5}],
+    "start_fraction": [GMP, {**GMP, "start_fraction": 0.2}],
+    "hparams_density": [GMP, {**GMP, "hparams_density": "current"}],
+}
+
+
+def test_each_setting_of_changing_masks_changes_the_id() -> None:
+    assert SPARSITY_CHANGES.keys() == {item.name for item in fields(SparsityConfig)}
+    for pair in SPARSITY_CHANGES.values():
+        differ(sparsity=pair)
+    differ(sparsity=[{"method": "static"}, RIGL])
+
+
+def test_static_masks_have_the_id_from_before_masks_could_change() -> None:
+    plain = tiny_plain(sparsity={"method": "static"})
+    before = {name: value for name, value in plain.items() if name != "sparsity"}
+    assert cell_id(decode(CellConfig, plain), DATA) == cell_id(decode(CellConfig, before), DATA)
+    assert "sparsity" not in canonical(tiny_cell())
+
+
+def test_masks_of_a_dense_cell_do_not_change() -> None:
+    dense = {"density": (1.0, 1.0)}
+    same(**dense, sparsity=[{"method": "static"}, RIGL])
+    differ(**dense, sparsity=[{"method": "static"}, RIGL], **{"train.target": ("my.train", "my.train")})
+    assert label(tiny_cell(density=1.0, sparsity=RIGL)) == label(tiny_cell(density=1.0))
+    assert "-rigl-" in label(tiny_cell(sparsity=RIGL))
+
+
+@pytest.mark.parametrize(("parameterization", "own"), [("supar", 1.0), ("mup", 0.0), ("sp", 0.0)])
+def test_an_exponent_that_is_the_rules_own_is_no_other_cell(parameterization: str, own: float) -> None:
+    both = {"parameterization": (parameterization, parameterization)}
+    same(**both, sparsity=[RIGL, {**RIGL, "dynamic_lr_exponent": own}])
+    differ(**both, sparsity=[RIGL, {**RIGL, "dynamic_lr_exponent": 1 - own}])
+
+
+def test_rules_without_density_read_neither_the_final_nor_the_current_one() -> None:
+    pair = [GMP, {**GMP, "hparams_density": "current"}]
+    same(parameterization=("mup", "mup"), sparsity=pair)
+    differ(parameterization=("mup", "mup"), sparsity=[{**each, "dynamic_lr_exponent": 0.5} for each in pair])
+    differ(parameterization=("init_only", "init_only"), sparsity=pair)
 
 
 def test_label_is_for_people() -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from supar_sweep.config.schema import CellConfig, ScheduleConfig
 from supar_sweep.sparse.linear import named_masks
 from supar_sweep.training.model import GPT, build
-from supar_sweep.training.optim import lr_factor, make_optimizer, make_scheduler
+from supar_sweep.training.optim import OwnStepAdamW, lr_factor, make_optimizer, make_scheduler
 from tests.tiny import tiny_cell
 
 SGD = {"name": "sgd", "decay_mode": "scaled", "clip_norm": 1.0, "momentum": 0.9}
@@ -125,6 +125,55 @@ def test_adamw_takes_betas_and_each_groups_eps_and_decay() -> None:
         )
     assert cell.optimizer.eps is not None
     assert {g["eps"] for g in optimizer.param_groups} == {cell.optimizer.eps / 2}  # m_d = 32 / 16
+
+
+SWAPS = {"update_fraction": 0.1, "stop_fraction": 0.75, "drop_fraction": 0.3}
+
+
+def test_counting_each_weights_steps_changes_nothing_until_one_is_grown() -> None:
+    double = {"train.precision": "float64"}
+    _, own_model, _, own = made(**double, sparsity={"method": "rigl", **SWAPS})
+    _, plain_model, _, plain = made(**double)
+    assert isinstance(own, OwnStepAdamW)
+    assert not isinstance(plain, OwnStepAdamW)
+    for index in range(5):
+        step(own_model, own, index)
+        step(plain_model, plain, index)
+    for one, other in zip(own_model.parameters(), plain_model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.95), (0.9, 0.999), (0.0, 0.9)])
+def test_a_weight_that_is_grown_late_moves_as_one_of_a_fresh_optimizer(betas: tuple[float, float]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    old, young = (nn.Parameter(torch.zeros(2, 3, dtype=torch.float64)) for _ in range(2))
+    group = {"lr": 0.1, "weight_decay": 0.2, "eps": 1e-8}
+    late = OwnStepAdamW([{"params": [old], **group}], betas, {old})
+    fresh = torch.optim.AdamW([{"params": [young], **group}], betas=betas, foreach=False)
+    for _ in range(50):
+        old.grad = torch.randn(2, 3, generator=generator, dtype=torch.float64)
+        late.step()
+    with torch.no_grad():
+        for tensor in (old, *late.state[old].values()):
+            tensor[0, 1] = 0.0
+    for _ in range(20):
+        gradient = torch.randn(2, 3, generator=generator, dtype=torch.float64)
+        old.grad, young.grad = gradient.clone(), gradient.clone()
+        late.step()
+        fresh.step()
+        assert old[0, 1].item() == pytest.approx(young[0, 1].item(), rel=1e-9)
+    assert abs(old[0, 0].item() - young[0, 0].item()) > 1e-3
+
+
+def test_step_counts_stand_in_the_state() -> None:
+    _, model, _, one = made(sparsity={"method": "set", **SWAPS})
+    for index in range(3):
+        step(model, one, index)
+    _, _, _, two = made(sparsity={"method": "set", **SWAPS})
+    two.load_state_dict(one.state_dict())
+    counts = [state["step"] for state in two.state.values()]
+    assert all(bool((count == 3).all()) for count in counts)
+    assert {count.dim() for count in counts} == {0, 2}
 
 
 def test_sgd_takes_momentum() -> None:

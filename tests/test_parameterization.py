@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -227,6 +228,36 @@ def test_other_decay_modes_leave_weight_decay_as_it_stands(mode: Any) -> None:
 
 
 # ---------------------------------------------------------------- depth
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
+@pytest.mark.parametrize("a", [0.0, 1 / 3, 0.5, 1.0])
+def test_an_exponent_of_density_replaces_the_columns_own(parameterization: Any, optimizer: Any, a: float) -> None:
+    own = Method(parameterization=parameterization, optimizer=optimizer)
+    method = replace(own, lr_density_exponent=a)
+    dense, sparse = Ratios(m_d=8, m_rho=1.0), Ratios(m_d=8, m_rho=0.25)
+    for role, quantity in product(ROLES, QUANTITIES):
+        with_a, without = (factor(quantity, role, each, sparse) for each in (method, own))
+        power = {"lr": -a, "weight_decay": a}.get(quantity)
+        if role not in SPARSE_ROLES or power is None:
+            assert with_a == without
+        else:
+            assert with_a == pytest.approx(factor(quantity, role, own, dense) * 0.25**power, rel=1e-11)
+
+
+def test_the_exponent_of_supar_is_1_to_the_bit() -> None:
+    for optimizer, quantity in product(OPTIMIZERS, QUANTITIES):
+        supar = Method(parameterization="supar", optimizer=optimizer)
+        same = replace(supar, lr_density_exponent=1.0)
+        assert formula(quantity, "hidden", same, in_block=False) == formula(quantity, "hidden", supar, in_block=False)
+
+
+def test_decay_that_is_not_scaled_follows_no_exponent() -> None:
+    modes: tuple[Any, ...] = ("coupled", "independent")
+    for mode in modes:
+        kept = Method(parameterization="supar", decay_mode=mode, lr_density_exponent=0.5)
+        assert formula("weight_decay", "hidden", kept, in_block=False) == "1"
+
+
 @pytest.mark.parametrize("alpha", [0.5, 0.75, 1.0])
 def test_completep_columns(alpha: float) -> None:
     m_d, m_L = 8.0, 4.0

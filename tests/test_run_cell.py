@@ -163,6 +163,20 @@ def test_killed_again_and_again(tmp_path: Path) -> None:
     assert_as_uninterrupted(job, tmp_path)
 
 
+@pytest.mark.parametrize("poll", [3, 6])
+@pytest.mark.parametrize("method", ["set", "rigl", "gmp"])
+def test_killed_between_changes_of_its_masks(method: str, poll: int, tmp_path: Path) -> None:
+    sparsity: dict[str, Any] = {"method": method, "update_fraction": 0.2, "stop_fraction": 0.75}
+    more = {"start_fraction": 0.0, "hparams_density": "current"} if method == "gmp" else {"drop_fraction": 0.3}
+    job = tiny_job(tmp_path / "cells", runtime=EVERY_2, sparsity={**sparsity, **more})
+    killed(_killed_at_poll, job, poll)
+    assert run_cell(job) == "done"
+    result = result_of(job)
+    assert result["resumed_from_step"] == 2 * (poll // 2)
+    assert result["mask_updates"] == 4
+    assert_as_uninterrupted(job, tmp_path)
+
+
 def test_killed_between_the_last_checkpoint_and_publication(tmp_path: Path) -> None:
     job = tiny_job(tmp_path / "cells", runtime=EVERY_2)
     killed(_killed_at_publish, job)

@@ -13,7 +13,8 @@ from supar_sweep.cli.progress import Live
 from supar_sweep.cli.rooms import room
 from supar_sweep.cli.settings import Settings
 from supar_sweep.config.decode import decode
-from supar_sweep.config.schema import CellConfig, check_folder_name, check_ranges, setting
+from supar_sweep.config.fields import check_folder_name, check_ranges, setting
+from supar_sweep.config.schema import CellConfig
 from supar_sweep.errors import ConfigError, RecordError
 from supar_sweep.sweep.files import read_json, write_file, write_json
 from supar_sweep.sweep.grid import GridSpec, enumerate_grid

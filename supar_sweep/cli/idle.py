@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from supar_sweep.config.schema import CellConfig
+from supar_sweep.config.schema import CellConfig, RuntimeConfig, check_compute
+from supar_sweep.config.sparsity import STATIC
 from supar_sweep.errors import ConfigError
 from supar_sweep.sweep.grid import GridPoint, GridSpec, axis_name, find_key
 
@@ -28,7 +29,7 @@ def refuse_swept(typed: Sequence[str], spec: GridSpec, points: Sequence[GridPoin
             name = axis_name(find_key(key))
         except ConfigError:  # a group, or no setting of the cell
             continue
-        if name in relative or (tunes and key not in TARGET_ONLY):
+        if name in relative or (tunes and key not in TARGET_ONLY and not key.startswith("sparsity.")):
             continue
         if points and all(name in point.axes for point in points):
             raise ConfigError(
@@ -36,6 +37,35 @@ def refuse_swept(typed: Sequence[str], spec: GridSpec, points: Sequence[GridPoin
                 "has no effect: an axis of the experiment gives its values",
                 allowed=f"experiment.axes.{name}=[...]",
             )
+
+
+def refuse_idle_masks(typed: Sequence[str], points: Sequence[GridPoint]) -> None:
+    """Raise ConfigError where changing masks are asked for and no cell of the grid has a dead weight.
+
+    Args:
+        typed: keys of the command line.
+        points: the grid.
+    """
+    keys = [key for key in typed if key.partition(".")[0] == "sparsity"]
+    methods = {point.cell.sparsity.method for point in points} - {"static"}
+    if keys and methods and all(point.cell.density == 1 for point in points):
+        raise ConfigError(
+            keys[0],
+            "has no effect at density 1: there is no dead weight",
+            value=methods.pop(),
+            allowed="density below 1",
+        )
+
+
+def refuse_compact(runtime: RuntimeConfig, points: Sequence[GridPoint]) -> None:
+    """Raise ConfigError where compact layers are asked for and a cell's masks change in training.
+
+    Args:
+        runtime: its `compute`.
+        points: the grid.
+    """
+    for point in points:
+        check_compute(point.cell, runtime)
 
 
 def _relative(spec: GridSpec) -> Iterator[str]:
@@ -69,6 +99,10 @@ def refuse_for_proxy(typed: Sequence[str], cell: CellConfig) -> None:
             setter = "" if key == "density" else f"; {key.replace('model', 'base')} sets it"
             problem = "has no effect on tune: the proxy is the base shape, dense"
             raise ConfigError(key, problem, value=value, allowed=f"{of_proxy:g}{setter}")
+    masks = [key for key in typed if key.partition(".")[0] == "sparsity"]
+    if masks and cell.sparsity != STATIC:
+        problem = "has no effect on tune: the proxy is dense"
+        raise ConfigError(masks[0], problem, value=cell.sparsity.method, allowed="static")
     if "parameterization" in typed and cell.parameterization == "sp":
         raise ConfigError(
             "parameterization",

@@ -11,7 +11,8 @@ from typing import Any
 from supar_sweep.cli.rooms import PACKAGE, room
 from supar_sweep.cli.settings import Settings
 from supar_sweep.config.decode import decode
-from supar_sweep.config.schema import CellConfig, DataConfig, check_ranges, setting
+from supar_sweep.config.fields import check_ranges, setting
+from supar_sweep.config.schema import CellConfig, DataConfig
 from supar_sweep.errors import ConfigError
 from supar_sweep.sweep.cohorts import Price
 from supar_sweep.sweep.grid import GridPoint
@@ -222,4 +223,5 @@ def price(settings: Settings, launcher: Launcher) -> Callable[[CellConfig], Pric
 def shape_key(cell: CellConfig) -> tuple[Any, ...]:
     """Return what parameters, FLOPs and memory of a cell depend on."""
     optimizer = (cell.optimizer.name, cell.optimizer.momentum)
-    return (*(cell.model, cell.train, cell.density, cell.layer_density, cell.data.n_vocab, optimizer),)
+    masks = (cell.density, cell.layer_density, cell.sparsity)
+    return (cell.model, cell.train, *masks, cell.data.n_vocab, optimizer)

@@ -15,7 +15,8 @@ from supar_sweep.cli.output import emit, say
 from supar_sweep.cli.rooms import room
 from supar_sweep.cli.settings import FIGURE, Settings
 from supar_sweep.config.decode import decode
-from supar_sweep.config.schema import CellConfig, check_ranges, setting
+from supar_sweep.config.fields import check_ranges, setting
+from supar_sweep.config.schema import CellConfig
 from supar_sweep.errors import ConfigError
 from supar_sweep.sweep.status import folders, rows
 from supar_sweep.sweep.submission import Plan

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from supar_sweep.cli.idle import refuse_swept
+from supar_sweep.cli.idle import refuse_compact, refuse_idle_masks, refuse_swept
 from supar_sweep.config.decode import decode
 from supar_sweep.config.schema import CellConfig, RuntimeConfig
 from supar_sweep.config.study import StudyConfig
@@ -120,6 +120,9 @@ class Settings:
         spec = self.grid()
         points = enumerate_grid(self.cell_plain(), spec)
         refuse_swept(self.given(), spec, points, tunes="study" in self.plain)
+        refuse_idle_masks(self.given(), points)
+        if "runtime" in self.plain:
+            refuse_compact(self.runtime(), points)
         return points
 
     def given(self, *sections: str) -> tuple[str, ...]:

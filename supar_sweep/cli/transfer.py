@@ -270,6 +270,11 @@ def warnings(cell: CellConfig, settings: Settings) -> list[str]:
         found.append(f"base: tuned in units of {encode(winner.base)}, used with {encode(cell.base)}")
     if cell.ratios().m_L != 1 and cell.depth != "completep":
         found.append(f"m_L = {cell.ratios().m_L:g}: only depth=completep carries learning rates over depth")
+    if cell.pruned_for() == "current":
+        found.append(
+            "sparsity.hparams_density=current: a run starts dense, with the init and lr of density 1; what stands here "
+            "is what its lr comes to at the final density"
+        )
     return found + _few_live(cell)
 
 

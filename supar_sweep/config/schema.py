@@ -6,14 +6,14 @@ it is left out of a cell's identity, so old hashes stay (sweep/identity.py).
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, get_args
+from dataclasses import dataclass
+from typing import Literal, get_args
 
+from supar_sweep.config.fields import check_ranges, later, require_only, setting
+from supar_sweep.config.sparsity import STATIC, SparsityConfig
 from supar_sweep.errors import ConfigError
 from supar_sweep.rules.hparams import BaseShape, HParams, Ratios
+from supar_sweep.rules.mask_schedule import MaskSchedule
 from supar_sweep.rules.parameterization import (
     PARAMETERIZATIONS,
     DecayMode,
@@ -23,105 +23,6 @@ from supar_sweep.rules.parameterization import (
     Parameterization,
     SpStart,
 )
-
-IDENTITY_DEFAULT = "identity_default"
-
-
-def setting(
-    doc: str,
-    *,
-    default: Any = MISSING,
-    choices: Sequence[str] = (),
-    ge: float | None = None,
-    gt: float | None = None,
-    le: float | None = None,
-    lt: float | None = None,
-) -> Any:
-    """Return a dataclass field with its documentation and range as metadata (checked by `check_ranges`).
-
-    Args:
-        doc: what it is, in words.
-        default: its default; without one, conf/ must set it.
-        choices: the names that may stand there.
-        ge, gt, le, lt: the range of a number: >=, >, <=, <.
-    """
-    metadata = {"doc": doc, "choices": tuple(choices), "ge": ge, "gt": gt, "le": le, "lt": lt}
-    return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
-
-
-def later(doc: str, *, default: Any, **limits: Any) -> Any:
-    """Return a field added after release 0.1: left out of the identity while it stands at its behaviour-keeping default.
-
-    Args:
-        doc, limits: as for `setting`.
-        default: the value that trains as the releases without the field did.
-    """
-    made = setting(doc, default=default, **limits)
-    made.metadata = {**made.metadata, IDENTITY_DEFAULT: default}
-    return made
-
-
-def check_ranges(config: Any) -> None:
-    """Raise ConfigError for the first field of a dataclass outside the range that its metadata declares. None always passes."""
-    for item in fields(config):
-        value, meta = getattr(config, item.name), item.metadata
-        if value is None or not meta:
-            continue
-        if meta.get("choices") and value not in meta["choices"]:
-            raise ConfigError(
-                item.name,
-                "unknown choice",
-                value=value,
-                allowed=meta["choices"],
-                nearest_to=str(value),
-            )
-        parts: tuple[tuple[str, str, Callable[[float, float], bool]], ...] = (
-            ("ge", ">=", operator.ge),
-            ("gt", ">", operator.gt),
-            ("le", "<=", operator.le),
-            ("lt", "<", operator.lt),
-        )
-        limits = [(sign, meta[name], test) for name, sign, test in parts if meta.get(name) is not None]
-        if limits and not (math.isfinite(value) and all(test(value, bound) for _, bound, test in limits)):
-            allowed = " and ".join(f"{sign} {bound:g}" for sign, bound, _ in limits)
-            raise ConfigError(item.name, "out of range", value=value, allowed=allowed)
-
-
-def check_folder_name(key: str, value: str) -> None:
-    """Raise ConfigError where a name cannot be a folder's own.
-
-    Args:
-        key: what it is the name of, as the user would type it.
-        value: the name.
-    """
-    if not value.strip() or "/" in value or value.startswith("."):
-        raise ConfigError(key, "is no name", value=value, allowed="a folder name: no slash, no dot in front")
-
-
-def require_only(config: Any, mode_key: str, used: dict[str, tuple[str, ...]]) -> None:
-    """Raise ConfigError where a field that the chosen mode needs is missing, or one that it does not read is set.
-
-    Args:
-        config: the dataclass; optional fields are None when not set.
-        mode_key: the field that chooses the mode.
-        used: mode -> the optional fields that it reads, all of them required.
-
-    Raises:
-        ConfigError: named by the field.
-    """
-    mode = getattr(config, mode_key)
-    for name in sorted({name for names in used.values() for name in names}):
-        value = getattr(config, name)
-        if name in used[mode] and value is None:
-            raise ConfigError(name, f"must be set when {mode_key} is {mode}")
-        if name not in used[mode] and value is not None:
-            modes = [other for other, names in used.items() if name in names]
-            raise ConfigError(
-                name,
-                f"has no effect when {mode_key} is {mode}",
-                value=value,
-                allowed=f"null, or {mode_key} one of {', '.join(modes)}",
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,6 +183,7 @@ class CellConfig:
     optimizer: OptimizerConfig = setting("optimizer")
     schedule: ScheduleConfig = setting("learning rate over steps")
     train: TrainConfig = setting("length, batch, precision, ends")
+    sparsity: SparsityConfig = later("whether masks change in training", default=STATIC)
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -306,6 +208,14 @@ class CellConfig:
                 f"must be below train.steps = {self.train.steps}",
                 value=self.schedule.warmup_steps,
             )
+        schedule = self.mask_schedule()
+        if schedule is not None and not schedule.n_updates:
+            raise ConfigError(
+                "sparsity.update_fraction",
+                f"has no effect: in {self.train.steps} steps no update lies before sparsity.stop_fraction",
+                value=self.sparsity.update_fraction,
+                allowed="a smaller share of the run",
+            )
         self.method()  # raises where optimizer and depth rule do not go together
 
     def method(self) -> Method:
@@ -317,7 +227,18 @@ class CellConfig:
             depth_alpha=1.0 if self.depth_alpha is None else self.depth_alpha,
             sp_start=self.sp_start,
             decay_mode=self.optimizer.decay_mode,
+            lr_density_exponent=self.sparsity.dynamic_lr_exponent,
         )
+
+    def mask_schedule(self) -> MaskSchedule | None:
+        """Return when the masks change; None where they do not, or where there are none (density 1)."""
+        return None if self.density == 1 else self.sparsity.schedule(self.train.steps)
+
+    def pruned_for(self) -> Literal["final", "current"] | None:
+        """Return the density that init and lr follow where masks start full and are pruned in training; else None."""
+        if self.mask_schedule() is None or self.sparsity.method != "gmp":
+            return None
+        return "current" if self.sparsity.hparams_density == "current" else "final"
 
     def ratios(self, density: float | None = None) -> Ratios:
         """Return the target's ratios to the base, m_rho from `density` (default: the cell's) in (0, 1]."""
@@ -354,3 +275,20 @@ class RuntimeConfig:
                 value=self.cohort,
                 allowed="1 or null",
             )
+
+
+def check_compute(cell: CellConfig, runtime: RuntimeConfig) -> None:
+    """Raise ConfigError where compact layers are asked for and the masks change in training.
+
+    Args:
+        cell: what to train.
+        runtime: its `compute`.
+    """
+    if runtime.compute == "compact" and cell.mask_schedule() is not None:
+        raise ConfigError(
+            "runtime.compute",
+            f"cannot be had with sparsity.method={cell.sparsity.method}: a compact layer keeps its pattern and has no gradients "
+            "of dead weights",
+            value="compact",
+            allowed="auto or dense",
+        )

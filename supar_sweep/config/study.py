@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from supar_sweep.config.schema import check_folder_name, check_ranges, setting
+from supar_sweep.config.fields import check_folder_name, check_ranges, setting
 from supar_sweep.errors import ConfigError
 from supar_sweep.rules.hparams import HParams
 

@@ -153,6 +153,8 @@ class Method:
         depth_alpha: CompleteP's alpha in [0.5, 1]; read only where depth = completep.
         sp_start: where SP's weights start: `mup_dense` = muP's dense weights at the target's width (the paper's SP:
             .02166 at width 4096 = .08665602 / sqrt(16)), `own` = init_std as it stands.
+        lr_density_exponent: a: hidden weights' lr goes as density^-a, and their scaled weight decay as density^a, whatever the
+            column says; None = the column (SuPar's is 1, SP's and muP's 0).
         decay_mode: `scaled` (the table), `coupled` (weight_decay as it stands, [code]), `independent` (a weight shrinks by
             weight_decay a step, whatever the learning rate, as in u-muP).
 
@@ -166,6 +168,7 @@ class Method:
     depth_alpha: float = 1.0
     sp_start: SpStart = "mup_dense"
     decay_mode: DecayMode = "scaled"
+    lr_density_exponent: float | None = None
 
     def __post_init__(self) -> None:
         choices = {
@@ -220,8 +223,19 @@ def formula(quantity: Quantity, where: Role | Site, method: Method, *, in_block:
     text: str = getattr(rule, column)
     if quantity == "weight_decay" and text != "0" and method.decay_mode != "scaled":
         text = "1"
+    elif quantity in ("lr", "weight_decay") and where in SPARSE_ROLES and method.lr_density_exponent is not None:
+        # lr * weight_decay, the share that a step removes, stays what it is
+        text = _with_density(text, method.lr_density_exponent * (-1 if quantity == "lr" else 1))
     factor = getattr(rule, method.depth) if in_block and method.depth != "none" else "1"
     return " ".join(part for part in (text, factor) if part != "1") or "1"
+
+
+def _with_density(text: str, exponent: float) -> str:
+    """Return a factor with its power of m_rho replaced."""
+    parts = [part for part in text.split() if part != "1" and not part.startswith("m_rho")]
+    if exponent:
+        parts.append("m_rho" if exponent == 1 else f"m_rho^{exponent:.12g}")
+    return " ".join(parts) or "1"
 
 
 def multiplier(

@@ -33,9 +33,10 @@ MIN_ROUTE_SPEEDUP = 1.05
 """Below this the other route is not worth being different."""
 
 _NAMES = "_masked_param_names"
+_DENSE_GRADIENTS = "_dead_gradients_pass"
 
 
-def attach_mask(module: nn.Module, param_name: str, mask: Tensor) -> bool:
+def attach_mask(module: nn.Module, param_name: str, mask: Tensor, *, keep_full: bool = False) -> bool:
     """Mask one parameter in place; return whether a mask was attached.
 
     A mask with no dead entry attaches nothing unless a mask stands there already: density 1 costs
@@ -46,6 +47,7 @@ def attach_mask(module: nn.Module, param_name: str, mask: Tensor) -> bool:
         module: the module that owns the parameter directly.
         param_name: its name on that module, such as "weight".
         mask: bool, of the parameter's shape, True where live; copied to the parameter's device.
+        keep_full: attach a mask with no dead entry too, which will get some later.
 
     Raises:
         ConfigError: the module has no such parameter, or the mask's shape or dtype does not fit.
@@ -64,7 +66,7 @@ def attach_mask(module: nn.Module, param_name: str, mask: Tensor) -> bool:
     masked: list[str] = module.__dict__.setdefault(_NAMES, [])
     if param_name in masked:
         module.get_buffer(f"{param_name}_mask").copy_(mask)
-    elif bool(mask.all()):
+    elif bool(mask.all()) and not keep_full:
         return False
     else:
         # a copy: the caller may go on to use or change its tensor
@@ -86,6 +88,18 @@ def named_masks(module: nn.Module) -> dict[str, Tensor]:
             dotted = f"{prefix}.{name}" if prefix else name
             found[dotted] = child.get_buffer(f"{name}_mask")
     return found
+
+
+def let_dead_gradients_through(module: nn.Module, passes: bool) -> None:
+    """Set whether backward leaves the gradients of dead entries as they are; the caller then zeroes them before the optimizer.
+
+    Args:
+        module: every masked parameter in it.
+        passes: False, as at the start: they are zeroed as soon as they are there.
+    """
+    for child in module.modules():
+        if _masked_names(child):
+            child.__dict__[_DENSE_GRADIENTS] = passes
 
 
 class MaskedLinear(nn.Module):
@@ -355,7 +369,7 @@ class _GradientMask:
 
     def __call__(self, param: Tensor) -> None:
         module = self.module()
-        if module is None or param.grad is None:
+        if module is None or param.grad is None or module.__dict__.get(_DENSE_GRADIENTS, False):
             return
         mask = module.get_buffer(f"{self.name}_mask")
         # as int8: torch converts a bool operand element by element, three times slower

@@ -11,12 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from supar_sweep.config.schema import IDENTITY_DEFAULT, CellConfig
-from supar_sweep.rules.parameterization import RULES_VERSION
+from supar_sweep.config.fields import IDENTITY_DEFAULT
+from supar_sweep.config.schema import CellConfig
+from supar_sweep.rules.parameterization import RULES_VERSION, Quantity, formula
 
 ID_CHARS = 16
 """Hex digits of an id: 64 bits, so that among a million cells two share one with a chance of 3e-8.
@@ -49,7 +50,8 @@ def canonical(cell: CellConfig) -> dict[str, Any]:
     - fields added later are left out at their default (schema.later);
     - numbers have one form (1 and 1.0, 0.3 and 0.1 + 0.2);
     - what has no effect is null: SP's alphas, the start of SP elsewhere, the base where no rule
-      reads it, the decay mode without decay, the layer densities of a dense cell;
+      reads it, the decay mode without decay, the layer densities and mask updates of a dense cell,
+      an exponent of density that is the rule's own, the density that rules without one would read;
     - a dense cell of muP, SuPar or an ablation is muP, because they are the same there.
 
     A training function of the user's own may read any setting, so nothing is taken to be without
@@ -67,6 +69,9 @@ def canonical(cell: CellConfig) -> dict[str, Any]:
     plain["parameterization"] = _trained_as(cell)
     if cell.density == 1:
         plain["layer_density"] = None
+        plain.pop("sparsity", None)
+    elif "sparsity" in plain:
+        plain["sparsity"] |= dict.fromkeys(_idle_sparsity(cell))
     if sp:
         plain["hparams"]["alpha_in"] = plain["hparams"]["alpha_out"] = None
     else:
@@ -89,7 +94,25 @@ def label(cell: CellConfig) -> str:
         cell: the cell.
     """
     log2_lr = f"{math.log2(cell.hparams.lr):.4g}"
-    return f"{_trained_as(cell)}-w{cell.model.width}-r{cell.density:.4g}-lr2^{log2_lr}-s{cell.seed}"
+    masks = "" if cell.mask_schedule() is None else f"-{cell.sparsity.method}"
+    return f"{_trained_as(cell)}{masks}-w{cell.model.width}-r{cell.density:.4g}-lr2^{log2_lr}-s{cell.seed}"
+
+
+def _idle_sparsity(cell: CellConfig) -> tuple[str, ...]:
+    """Return the settings of changing masks that change no number of a sparse cell."""
+    method = cell.method()
+    quantities: tuple[Quantity, ...] = ("init_var", "lr", "weight_decay")
+
+    def hidden(quantity: Quantity, *, exponent: float | None) -> str:
+        return formula(quantity, "hidden", replace(method, lr_density_exponent=exponent), in_block=True) or ""
+
+    exponent = method.lr_density_exponent
+    idle = []
+    if hidden("lr", exponent=exponent) == hidden("lr", exponent=None):
+        idle.append("dynamic_lr_exponent")
+    if not any("m_rho" in hidden(quantity, exponent=exponent) for quantity in quantities):
+        idle.append("hparams_density")
+    return tuple(idle)
 
 
 def _trained_as(cell: CellConfig) -> str:

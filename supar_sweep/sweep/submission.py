@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from supar_sweep.config.decode import encode
-from supar_sweep.config.schema import CellConfig, DataConfig, RuntimeConfig, check_folder_name
+from supar_sweep.config.fields import check_folder_name
+from supar_sweep.config.schema import CellConfig, DataConfig, RuntimeConfig
 from supar_sweep.errors import ConfigError, RecordError, SuparError
 from supar_sweep.sweep import locks
 from supar_sweep.sweep.files import read_json, write_json

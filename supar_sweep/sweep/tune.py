@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from supar_sweep.config.decode import encode
 from supar_sweep.config.schema import CellConfig
+from supar_sweep.config.sparsity import STATIC
 from supar_sweep.config.study import StudyConfig
 from supar_sweep.errors import ConfigError, SuparError
 from supar_sweep.rules.parameterization import RULES_VERSION
@@ -62,7 +63,7 @@ def proxy_of(cell: CellConfig) -> CellConfig:
     except ConfigError as error:  # the target's shape is good, so it is the base's that is not
         base = error.key if error.key in ("width", "n_layer") else "width"
         raise ConfigError(f"base.{base}", error.problem, value=error.value, allowed=error.allowed) from None
-    return replace(cell, model=shape, density=1.0, parameterization="mup")
+    return replace(cell, model=shape, density=1.0, sparsity=STATIC, parameterization="mup")
 
 
 def study_hash(study: StudyConfig, proxy: CellConfig, fingerprint: str) -> str:

@@ -82,18 +82,20 @@ def count_parameters(cell: CellConfig) -> ParameterCount:
     return ParameterCount(dense + sparse_total, dense + sparse_live, sparse_total, sparse_live)
 
 
-def flops_per_token(cell: CellConfig, *, dense_compute: bool = False) -> int:
+def flops_per_token(cell: CellConfig, *, dense_compute: bool = False, steps_done: int | None = None) -> int:
     """Return the training FLOPs a token: forward and backward, multiply and add counted apart.
 
         6 * (weights in matmuls) + 12 * n_layer * width * context_tokens
 
     Weights in matmuls are the live hidden ones and the head's; the tables are looked up, not
     multiplied. Norms, activations and the optimizer are left out, and attention is counted in
-    full, not halved for its causal mask, as is customary.
+    full, not halved for its causal mask, as is customary. Where masks are pruned in training, the live weights are
+    the mean over the steps; RigL's gradients of dead weights, at its updates only, are left out.
 
     Args:
         cell: the cell.
         dense_compute: count dead weights too, as a dense matmul computes them.
+        steps_done: the mean is over so many steps, >= 1; default: the whole run.
 
     Raises:
         ConfigError: a density that leaves a layer without a live weight.
@@ -102,6 +104,9 @@ def flops_per_token(cell: CellConfig, *, dense_compute: bool = False) -> int:
     """
     model, count = cell.model, count_parameters(cell)
     hidden = count.sparse_total if dense_compute else count.sparse_live
+    schedule = cell.mask_schedule()
+    if schedule is not None and not dense_compute:
+        hidden += round((count.sparse_total - hidden) * schedule.mean_excess(max(1, steps_done or cell.train.steps)))
     matmul = hidden + cell.data.n_vocab * model.width
     return 6 * matmul + 12 * model.n_layer * model.width * model.context_tokens
 
@@ -128,7 +133,7 @@ def relative_cost(cell: CellConfig, *, compact: bool) -> float:
         ConfigError: a density that leaves a layer without a live weight.
     """
     dense = flops_per_step(cell, dense_compute=True)
-    if not compact:
+    if not compact or cell.mask_schedule() is not None:
         return float(cell.train.steps * dense)
     hidden = 6 * cell.train.batch_seqs * cell.model.context_tokens * count_parameters(cell).sparse_total
     live = flops_per_step(cell) - (dense - hidden)
@@ -185,7 +190,10 @@ def memory_gb(cell: CellConfig, *, compact: bool = False) -> float:
     moments = 2 if cell.optimizer.name == "adamw" else int(bool(cell.optimizer.momentum))
     state = size * count.total * (2 + moments)
     masks = count.sparse_total if cell.density < 1 else 0
-    if compact and cell.density < 1:
+    if cell.mask_schedule() is not None:
+        if cell.optimizer.name == "adamw" and cell.sparsity.method != "gmp":
+            masks += size * count.sparse_total  # each weight's own step count
+    elif compact and cell.density < 1:
         shapes = sparse_shapes(cell)
         live = live_counts(cell.layer_density, shapes, cell.density)
         state = size * (count.total - count.sparse_total) * (2 + moments)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from supar_sweep.config.schema import CellConfig, RuntimeConfig
+from supar_sweep.config.schema import CellConfig, RuntimeConfig, check_compute
 from supar_sweep.errors import ConfigError
 from supar_sweep.sparse.compact import STANDS_FOR
 from supar_sweep.sparse.compute import ComputeChoice, choose_compute, summary
@@ -63,6 +63,9 @@ def choose_forms(
         cell.layer_density, {f"{name}.{STANDS_FOR}": shape for name, shape in shapes.items()}, cell.density
     )
     live = {name: counts[f"{name}.{STANDS_FOR}"] for name in shapes}
+    if cell.mask_schedule() is not None:
+        check_compute(cell, runtime)
+        return Forms(dict.fromkeys(shapes, "dense"), live, f"masks change (sparsity.method={cell.sparsity.method})")
     if runtime.compile:
         if runtime.compute == "compact" and not resume:
             raise ConfigError(

@@ -71,13 +71,22 @@ class Member:
         n_vocab: vocabulary; a model that knows nothing has the loss log(n_vocab).
         tokens_per_step: for the metrics.
         sink: gets one line a step.
+        density: steps done -> density of the sparse layers then, where it is to stand in the metrics.
     """
 
-    def __init__(self, config: TrainConfig, n_vocab: int, tokens_per_step: int, sink: Sink) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        n_vocab: int,
+        tokens_per_step: int,
+        sink: Sink,
+        density: Callable[[int], float] | None = None,
+    ) -> None:
         self.loss_bound = config.divergence_loss_mult * math.log(n_vocab)
         self.patience_steps = config.divergence_patience_steps
         self.tokens_per_step = tokens_per_step
         self.sink = sink
+        self.density = density
         self.window: deque[float] = deque(maxlen=config.summary_last_steps)
         self.steps_above = 0
         self.last_finite_loss: float | None = None
@@ -99,6 +108,8 @@ class Member:
             lr_factor=lr_factor,
             grad_norm=grad_norm,
             tokens=step * self.tokens_per_step,
+            # of the masks that this loss is of, which the step itself may change
+            **({} if self.density is None else {"density": self.density(step - 1)}),
         )
         self.window.append(loss)
         if not math.isfinite(loss):

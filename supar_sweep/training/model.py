@@ -54,6 +54,7 @@ def build(cell: CellConfig, compact: Mapping[str, int] | None = None) -> tuple[G
         layer_density=cell.layer_density,
         seed=cell.seed,
         eps=cell.optimizer.eps,
+        pruned_for=cell.pruned_for(),
     )
     check_init(plans)
     return model, plans

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from supar_sweep.config.schema import CellConfig, ScheduleConfig
-from supar_sweep.training.roles import ParameterPlan, param_groups
+from supar_sweep.rules.parameterization import SPARSE_ROLES
+from supar_sweep.training.roles import ParameterPlan, final_live, param_groups
 
 FUSED_DEVICES = ("cpu", "cuda")
 
@@ -25,7 +28,10 @@ def make_optimizer(
         plans: from `parameterize`; their parameters already on `device`.
         device: where the parameters are.
     """
-    groups = param_groups(plans)
+    final = final_live(plans, cell) if cell.pruned_for() == "current" else {}
+    # where lr follows a layer's density, layers share a group only if that will be the same at every step
+    apart = {plan.name: final[plan.name] / math.prod(plan.shape) for plan in plans if plan.name in final}
+    groups = param_groups(plans, apart)
     fused = torch.device(device).type in FUSED_DEVICES
     # torch's fused steps read gradients with their parameter's strides: a transposed one corrupts
     # silently
@@ -33,9 +39,64 @@ def make_optimizer(
     config = cell.optimizer
     if config.name == "adamw":
         assert config.beta1 is not None and config.beta2 is not None  # the schema requires them
-        return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=fused)
+        betas = (config.beta1, config.beta2)
+        if cell.sparsity.method in ("set", "rigl") and cell.mask_schedule() is not None:
+            return OwnStepAdamW(groups, betas, {plan.parameter for plan in plans if plan.role in SPARSE_ROLES})
+        return torch.optim.AdamW(groups, betas=betas, fused=fused)
     assert config.momentum is not None  # the schema requires it
     return torch.optim.SGD(groups, lr=cell.hparams.lr, momentum=config.momentum, fused=fused)
+
+
+class OwnStepAdamW(torch.optim.AdamW):
+    """AdamW in which each weight of some parameters counts its own steps, so that one that is grown late starts as one of step 0.
+
+    With one count a parameter, the averages of a new weight would be corrected as if they were long filled: its first step
+    would be (1 - beta1) / sqrt(1 - beta2) of what it should be, 3.2 times at .9 and .999.
+
+    Args:
+        groups: each with "params", "lr", "weight_decay", "eps".
+        betas: of both averages.
+        counted: the parameters whose state "step" has their own shape; zero it where a weight is grown.
+
+    Source: Loshchilov and Hutter 2019 (arXiv:1711.05101), algorithm 2, with t of each weight.
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], betas: tuple[float, float], counted: set[torch.nn.Parameter]
+    ) -> None:
+        super().__init__(groups, betas=betas, foreach=False)
+        self._counted = counted
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # nothing here evaluates a loss
+        """Move every parameter that has a gradient."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._move(parameter, parameter.grad, group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state; torch leaves step counts on the device that they were loaded to."""
+        super().load_state_dict(state_dict)
+        for parameter, state in self.state.items():
+            state["step"] = state["step"].to(parameter.device)
+
+    def _move(self, parameter: torch.nn.Parameter, grad: Tensor, group: dict[str, Any]) -> None:
+        state, (beta1, beta2) = self.state[parameter], group["betas"]
+        if not state:
+            like = parameter if parameter in self._counted else parameter.new_zeros(())
+            state.update(step=torch.zeros_like(like, requires_grad=False))
+            state.update(exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
+        step, mean, square = state["step"], state["exp_avg"], state["exp_avg_sq"]
+        step += 1  # of dead weights too: their averages are 0, and 0 / 0 would be none
+        mean.lerp_(grad, 1 - beta1)
+        square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        unbiased, unbiased_square = (
+            average / -torch.expm1(step * math.log(beta)) if beta else average
+            for average, beta in ((mean, beta1), (square, beta2))
+        )
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.addcdiv_(unbiased, unbiased_square.sqrt().add_(group["eps"]), value=-group["lr"])
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, schedule: ScheduleConfig, steps: int) -> LambdaLR:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from supar_sweep.config.schema import CellConfig
+from supar_sweep.errors import ConfigError
 from supar_sweep.training.corpus import Corpus
 from supar_sweep.training.data import batch
 from supar_sweep.training.model import GPT, build
@@ -130,6 +131,13 @@ def cell_coordinates(cell: CellConfig, corpus: Corpus, device: str) -> list[dict
     Raises:
         ConfigError: no such device here, or a model that does not start as the rules say.
     """
+    if cell.mask_schedule() is not None:
+        raise ConfigError(
+            "sparsity.method",
+            "has no effect on a coordinate check, whose few steps keep their masks",
+            value=cell.sparsity.method,
+            allowed="static",
+        )
     where = pick_device(device)
     torch.manual_seed(cell.seed)
     model, plans = build(cell)

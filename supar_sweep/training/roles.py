@@ -7,15 +7,16 @@ name and position), other factors.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
 
+from supar_sweep.config.schema import CellConfig
 from supar_sweep.errors import ConfigError
 from supar_sweep.rules.hparams import HParams, Ratios
 from supar_sweep.rules.parameterization import SPARSE_ROLES, Method, Role
@@ -76,6 +77,7 @@ def parameterize(
     seed: int,
     layer_density: str = "uniform",
     eps: float | None = None,
+    pruned_for: Literal["final", "current"] | None = None,
 ) -> list[ParameterPlan]:
     """Write a tagged module's start in place, mask its sparse layers; return a plan per parameter.
 
@@ -93,6 +95,8 @@ def parameterize(
         seed: of noise and masks, any integer.
         layer_density: how density is shared between layers: "uniform" or "er".
         eps: AdamW's eps in base units; None for SGD.
+        pruned_for: the masks start full, to be pruned to `density` in training; init and lr are those of the "final" density,
+            or of the "current" one, which is 1 at the start.
 
     Raises:
         ConfigError: a parameter without a role or base_fan_in, an unknown layer_density, a density
@@ -106,14 +110,16 @@ def parameterize(
     plans = []
     for item in parameters:
         size = item.fan_out * item.fan_in
-        live = counts.get(item.name, size)
+        final = counts.get(item.name, size)
+        live = size if pruned_for else final
         m_d = _m_d(item, method, ratios)
-        wanted = _target(item, method, replace(ratios, m_d=m_d, m_rho=live / size), hparams, eps)
+        m_rho = (live if pruned_for == "current" else final) / size
+        wanted = _target(item, method, replace(ratios, m_d=m_d, m_rho=m_rho), hparams, eps)
         if m_d != ratios.m_d:
             # gradients fall with the width that the logits multiplier knows, whatever this layer's
             # own fan_in does; density they do not feel
             wanted = replace(wanted, eps=_target(item, method, ratios, hparams, eps).eps)
-        _write(item, wanted.init_std, live, seed)
+        _write(item, wanted.init_std, live, seed, masked=final < size)
         plan = ParameterPlan(
             name=item.name,
             role=item.tag.role,
@@ -161,7 +167,18 @@ def check_init(plans: Sequence[ParameterPlan]) -> None:
             )
 
 
-def param_groups(plans: Sequence[ParameterPlan]) -> list[dict[str, Any]]:
+def final_live(plans: Sequence[ParameterPlan], cell: CellConfig) -> dict[str, int]:
+    """Return sparse parameter -> its live weights at the cell's density, which pruned masks reach at last.
+
+    Args:
+        plans: from `parameterize`.
+        cell: gives density and layer_density.
+    """
+    shapes = {plan.name: (plan.shape[0], plan.shape[1]) for plan in plans if plan.role in SPARSE_ROLES}
+    return live_counts(cell.layer_density, shapes, cell.density)
+
+
+def param_groups(plans: Sequence[ParameterPlan], apart: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
     """Return parameter groups for a torch optimizer: one per distinct (lr, weight_decay, eps), in
     order of appearance.
 
@@ -170,14 +187,16 @@ def param_groups(plans: Sequence[ParameterPlan]) -> list[dict[str, Any]]:
 
     Args:
         plans: from `parameterize`.
+        apart: name -> a number; parameters with other numbers are in other groups, because their lr will differ.
     """
-    groups: dict[tuple[float, float, float | None], dict[str, Any]] = {}
+    groups: dict[tuple[float | None, ...], dict[str, Any]] = {}
     for plan in plans:
         lr, weight_decay, eps = plan.hparams.lr, plan.hparams.weight_decay, plan.hparams.eps
         group: dict[str, Any] = {"params": [], "lr": lr, "weight_decay": weight_decay}
         if eps is not None:
             group["eps"] = eps
-        groups.setdefault((lr, weight_decay, eps), group)["params"].append(plan.parameter)
+        key = (lr, weight_decay, eps, (apart or {}).get(plan.name))
+        groups.setdefault(key, group)["params"].append(plan.parameter)
     return list(groups.values())
 
 
@@ -226,8 +245,8 @@ def _target(item: TaggedParameter, method: Method, ratios: Ratios, hparams: HPar
 
 
 @torch.no_grad()
-def _write(item: TaggedParameter, init_std: float, live: int, seed: int) -> None:
-    """Write one parameter's start in place; mask it if it has dead entries, or had a mask."""
+def _write(item: TaggedParameter, init_std: float, live: int, seed: int, *, masked: bool) -> None:
+    """Write one parameter's start in place; mask it if it has, or will have, dead entries, or had a mask."""
     parameter = item.parameter
     if item.tag.role in ("norm", "bias"):
         parameter.fill_(1.0 if item.tag.role == "norm" else 0.0)
@@ -243,9 +262,9 @@ def _write(item: TaggedParameter, init_std: float, live: int, seed: int) -> None
     noise = normal_block(stream_key(seed, INIT_STREAM, item.name), item.fan_out, item.fan_in, dtype)
     noise *= init_std
     parameter.copy_(torch.from_numpy(noise).view(parameter.shape))
-    if live < parameter.numel() or f"{item.local_name}_mask" in item.owner._buffers:
+    if masked or f"{item.local_name}_mask" in item.owner._buffers:
         mask = dense_mask(stream_key(seed, MASK_STREAM, item.name), (item.fan_out, item.fan_in), live)
-        attach_mask(item.owner, item.local_name, mask.view(parameter.shape))
+        attach_mask(item.owner, item.local_name, mask.view(parameter.shape), keep_full=masked)
 
 
 def _shape(item: TaggedParameter) -> tuple[int, ...]:

@@ -120,7 +120,9 @@ class Run:
         self.runtime, self.corpus, self.sink = runtime, corpus, sink
         self.trainer = Trainer(cell, runtime, pick_device(runtime.device), resume)
         self.config = cell.train
-        self.member = Member(self.config, corpus.n_vocab, self.config.batch_seqs * cell.model.context_tokens, sink)
+        tokens_per_step = self.config.batch_seqs * cell.model.context_tokens
+        density = None if self.trainer.masks is None else self.trainer.masks.density
+        self.member = Member(self.config, corpus.n_vocab, tokens_per_step, sink, density)
         if resume:
             self.member.load(resume["member"])
         self.step = self._saved_step = int(resume["step"]) if resume else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -23,6 +24,7 @@ from supar_sweep.training.corpus import Corpus
 from supar_sweep.training.cost import flops_per_token
 from supar_sweep.training.data import batch, val_batches
 from supar_sweep.training.forms import DTYPES, choose_forms
+from supar_sweep.training.mask_updates import MaskUpdates, live_now
 from supar_sweep.training.model import build
 from supar_sweep.training.optim import make_optimizer, make_scheduler
 from supar_sweep.training.roles import parameter_rows
@@ -60,13 +62,16 @@ class Trainer:
         self.forms = choose_forms(cell, runtime, device, self.route, resume)
         self.model, self.plans = build(cell, self.forms.compact)
         self.model.to(device)
-        self.mask_hash = mask_hash(named_live(self.model))
+        self.first_mask_hash = mask_hash(named_live(self.model))
         set_route(self.model, self.route)
         set_kernel(self.model, self.kernel)
         self.optimizer = make_optimizer(cell, self.plans, device)
         self.scheduler = make_scheduler(self.optimizer, cell.schedule, cell.train.steps)
         self.parameters = [plan.parameter for plan in self.plans]
         self.base_lr = float(self.scheduler.base_lrs[0])
+        self.masks: MaskUpdates | None = None
+        if schedule := cell.mask_schedule():
+            self.masks = MaskUpdates(cell, schedule, self.model, self.plans, self.optimizer, self.scheduler)
         if resume:
             self._restore(resume)
         self.forward = self._compiled() if runtime.compile else self.model
@@ -190,10 +195,17 @@ class Trainer:
         return tokens if self.device.type == "cpu" else tokens.pin_memory().to(self.device, non_blocking=True)
 
     def update(self) -> tuple[Tensor, float]:
-        """Clip the gradients, move the weights, forget the gradients; return the gradient norm (0-d) and the lr factor."""
+        """Clip the gradients, move the weights, update the masks if they are to change now, forget the gradients; return the
+        gradient norm (0-d) and the lr factor.
+        """
+        steps_done = int(self.scheduler.last_epoch) + 1
+        if self.masks is not None:
+            self.masks.before_step(steps_done)
         grad_norm = self._clip()
         lr_factor = float(self.scheduler.get_last_lr()[0]) / self.base_lr
         self.optimizer.step()
+        if self.masks is not None:
+            self.masks.after_step(steps_done)
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm, lr_factor
@@ -231,6 +243,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
+            "first_mask_hash": self.first_mask_hash,
             "mask_hash": self.mask_hash,
             "rng": torch.get_rng_state(),
             "route": self.route,
@@ -242,11 +255,18 @@ class Trainer:
             state["rng_cuda"] = torch.cuda.get_rng_state()
         return state
 
+    @property
+    def mask_hash(self) -> str:
+        """The hash of the masks as they stand."""
+        return self.first_mask_hash if self.masks is None else mask_hash(named_live(self.model))
+
     def _restore(self, state: Mapping[str, Any]) -> None:
-        if state["mask_hash"] != self.mask_hash:
+        # a checkpoint from before masks could change has one hash
+        began_with = state.get("first_mask_hash", state["mask_hash"])
+        if began_with != self.first_mask_hash:
             raise CheckpointError(
                 f"the checkpoint at step {state['step']} has other masks (hash "
-                f"{state['mask_hash'][:12]}) than this cell ({self.mask_hash[:12]}): it is of "
+                f"{began_with[:12]}) than this cell ({self.first_mask_hash[:12]}): it is of "
                 "another seed, density or program version; delete the cell's checkpoints folder to "
                 "start it again"
             )
@@ -255,12 +275,14 @@ class Trainer:
             self.model.load_state_dict(model_state)
         except RuntimeError as error:
             raise CheckpointError(f"the checkpoint at step {state['step']} is of another model: {error}") from error
-        if mask_hash(named_live(self.model)) != self.mask_hash:
+        if mask_hash(named_live(self.model)) != state["mask_hash"]:
             raise CheckpointError(
                 f"the masks stored in the checkpoint at step {state['step']} are not those of its "
-                f"mask hash {self.mask_hash[:12]}; delete the cell's checkpoints folder to start "
+                f"mask hash {state['mask_hash'][:12]}; delete the cell's checkpoints folder to start "
                 "it again"
             )
+        if self.masks is not None:
+            self.masks.restored(int(state["step"]))
         self.optimizer.load_state_dict(optimizer_state)
         self.scheduler.load_state_dict(state["scheduler"])
         torch.set_rng_state(state["rng"])
@@ -269,8 +291,16 @@ class Trainer:
 
     def facts(self, steps_done: int) -> dict[str, Any]:
         """Return what the result says of the model and its cost, as plain values."""
-        layers = parameter_rows(self.plans)
-        sparse = [plan for plan in self.plans if plan.role in SPARSE_ROLES]
+        live = (
+            live_now(self.plans, self.model)
+            if self.masks is not None
+            else {plan.name: plan.live for plan in self.plans}
+        )
+        plans = [
+            replace(plan, live=live[plan.name], density=live[plan.name] / math.prod(plan.shape)) for plan in self.plans
+        ]
+        layers = parameter_rows(plans)
+        sparse = [plan for plan in plans if plan.role in SPARSE_ROLES]
         n_sparse = sum(math.prod(plan.shape) for plan in sparse)
         density = sum(plan.live for plan in sparse) / n_sparse
         tokens = steps_done * self.cell.train.batch_seqs * self.cell.model.context_tokens
@@ -278,8 +308,8 @@ class Trainer:
         return {
             **self.info,
             "params": {
-                "total": sum(math.prod(plan.shape) for plan in self.plans),
-                "live": sum(plan.live for plan in self.plans),
+                "total": sum(math.prod(plan.shape) for plan in plans),
+                "live": sum(plan.live for plan in plans),
             },
             "m_d": ratios.m_d,
             "m_rho": ratios.m_rho,
@@ -287,7 +317,8 @@ class Trainer:
             "layers": layers,
             "mask_hash": self.mask_hash,
             "tokens": tokens,
-            "flops": tokens * flops_per_token(self.cell),
+            "flops": tokens * flops_per_token(self.cell, steps_done=steps_done),
+            **({} if self.masks is None else {"mask_updates": self.masks.schedule.updates_done(steps_done)}),
         }
 
 
