@@ -42,6 +42,7 @@ COMMANDS = {
     "status": Command("grid", "count a grid's cells by state, with the first errors"),
     "cancel": Command("grid", "stop a running grid; `run` continues it"),
     "plot": Command("plot", "draw any figure of a grid, a study or a check, and the verdict on transfer"),
+    "export": Command("export", "write a checkpoint as a Hugging Face model folder"),
     "coord-check": Command("coord_check", "test in a few steps that activations and updates keep their size"),
 }
 

@@ -143,6 +143,7 @@ READS = {
     "status": (*_GRID, "by"),
     "cancel": _GRID,
     "plot": (*_GRID, *FIGURE, "study", "check"),
+    "export": ("checkpoint", "to"),
     "coord-check": ("runtime", "check"),
 }
 """The top-level keys of each command, beside a cell's own and OUTPUT."""
