@@ -390,12 +390,14 @@ def test_the_command_writes_below_runs_and_says_how_to_evaluate(here: Path, caps
         code, out, err = call(capsys, "export", f"checkpoint={only_cell().path}", "format=json")
         assert code == 0, err
         (row,) = json.loads(out)
-        assert Path(row["folder"]) == (here / "runs" / "exports" / only_cell().path.name).absolute()
+        assert Path(row["folder"]).parent == here / "runs" / "exports"
+        assert Path(row["folder"]).name.isidentifier()
+        assert only_cell().cell_id in row["folder"]
         assert (row["class"], row["tokenizer"], row["density"], row["step"]) == ("SuparForCausalLM", "bytes", 0.5, 4)
         assert "trust_remote_code=True" in err
         assert "--tasks arc_easy,lambada_openai,race,piqa,boolq" in err
         assert "dead weights as zeros" in err
-    assert [p.name for p in Path(row["folder"]).parent.iterdir()] == [only_cell().path.name]
+    assert list((here / "runs" / "exports").iterdir()) == [Path(row["folder"])]
 
 
 @pytest.mark.hf

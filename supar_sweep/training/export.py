@@ -11,6 +11,7 @@ before the folder takes its name. Nothing is asked of a network.
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -79,7 +80,7 @@ def export_checkpoint(checkpoint: Path, to: Path | None, *, exports: Path) -> Ex
 
     Args:
         checkpoint: a cell's folder (its newest whole checkpoint), or one of its files step-*.pt.
-        to: the folder to write; None = the name of the cell's folder below `exports`.
+        to: the folder to write; None = below `exports`, named as the cell's folder, with _ for signs.
         exports: see `to`.
 
     Raises:
@@ -88,8 +89,9 @@ def export_checkpoint(checkpoint: Path, to: Path | None, *, exports: Path) -> Ex
         RecordError: the folder cannot be written.
     """
     files = find_checkpoints(checkpoint)
-    cell_folder = files[0].parent.parent
-    target = (to or exports / cell_folder.name).absolute()
+    # transformers makes a module's name of the folder's, where it holds code
+    name = re.sub(r"\W", "_", files[0].parent.parent.name)
+    target = (to or exports / name).absolute()
     _refuse_target(target)
     _need_packages()
     trained = read_trained(files)

@@ -22,7 +22,7 @@ from supar_sweep.config.schema import ModelConfig
 NORM_EPS = 1e-5
 """torch's own, which the GPT's norms use."""
 
-SHIPPED = {"decoder_supar.py": "hf_decoder.py", "modeling_supar.py": "modeling_supar.py.txt"}
+SHIPPED = {"decoder_supar.py": "hf_decoder.py", "modeling_supar.py": "hf_model.py.txt"}
 """File in a model folder -> the file of this package that it is a copy of."""
 
 
