@@ -199,6 +199,23 @@ def test_an_export_that_computes_something_else_is_not_written(tmp_path: Path, m
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
+def test_weights_that_are_no_numbers_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = trained(tmp_path / "cells")
+    real = export_module.read_trained
+
+    def broken(files: Any) -> Any:
+        found = real(files)
+        with torch.no_grad():
+            found.model.norm.weight.fill_(math.nan)
+        return found
+
+    monkeypatch.setattr(export_module, "find_spec", lambda name: object())
+    monkeypatch.setattr(export_module, "read_trained", broken)
+    with pytest.raises(CheckpointError, match="no numbers"):
+        exported(job, tmp_path / "model")
+    assert [p.name for p in tmp_path.iterdir()] == ["cells"]
+
+
 @pytest.mark.hf
 def test_the_config_says_where_the_model_comes_from_and_holds_no_path(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
@@ -222,7 +239,9 @@ def test_the_config_says_where_the_model_comes_from_and_holds_no_path(tmp_path: 
 
 @pytest.mark.lm_eval
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[-1], VARIANTS[10]], ids=lambda v: "-".join(map(str, v.values())))
+@pytest.mark.parametrize(
+    "variant", [VARIANTS[0], VARIANTS[-1], VARIANTS[10]], ids=lambda v: "-".join(map(str, v.values()))
+)
 def test_the_harness_scores_as_the_trained_model_does(
     variant: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -322,7 +341,9 @@ def test_a_checkpoint_of_another_cell_is_refused(tmp_path: Path) -> None:
         read_trained(find_checkpoints(folder_of(first).path))
 
 
-def test_a_complete_cell_without_a_checkpoint_says_how_to_keep_one(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_complete_cell_without_a_checkpoint_says_how_to_keep_one(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert call(capsys, "run", *GRID)[0] == 0
     err = refused(capsys, "export", f"checkpoint={only_cell().path}")
     assert "move its folder away" in err
@@ -337,7 +358,7 @@ def test_a_complete_cell_without_a_checkpoint_says_how_to_keep_one(here: Path, c
     [
         ([], "checkpoint: must be set"),
         (["checkpoint=null"], "checkpoint: must be set"),
-        (["checkpoint=3"], "checkpoint: must be a path"),
+        (["checkpoint=lr2^-7"], "checkpoint: is not there"),
         (["checkpoint=nowhere"], "checkpoint: is not there"),
         (["checkpoint=."], "checkpoint: is of no cell"),
         (["chekpoint=x"], "did you mean 'checkpoint'?"),
@@ -401,9 +422,7 @@ def test_the_command_writes_below_runs_and_says_how_to_evaluate(here: Path, caps
 
 
 @pytest.mark.hf
-def test_token_files_have_no_tokenizer_and_the_command_says_so(
-    here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_token_files_have_no_tokenizer_and_the_command_says_so(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import numpy as np
 
     for name, seed in (("train", 0), ("val", 1)):

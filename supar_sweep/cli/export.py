@@ -21,7 +21,9 @@ def export(settings: Settings) -> int:
     """Write the model folder, print what it holds; return 0."""
     checkpoint, to = (_path(settings, key) for key in ("checkpoint", "to"))
     if checkpoint is None:
-        raise ConfigError("checkpoint", "must be set", value=None, allowed="a cell's folder, or one of its files step-*.pt")
+        raise ConfigError(
+            "checkpoint", "must be set", value=None, allowed="a cell's folder, or one of its files step-*.pt"
+        )
     from supar_sweep.training.export import export_checkpoint
 
     written = export_checkpoint(checkpoint, to, exports=settings.runs_dir / "exports")
@@ -39,9 +41,13 @@ def export(settings: Settings) -> int:
     for line in written.warnings:
         say(f"warning: {line}")
     if written.density < 1:
-        say("the sparse layers are stored dense, their dead weights as zeros: no smaller and no faster than a dense model")
+        say(
+            "the sparse layers are stored dense, their dead weights as zeros: no smaller and no faster than a dense model"
+        )
     if not written.has_tokenizer:
-        say("no tokenizer: the corpus was token files, and their tokenizer is not known here; name it where the model is used")
+        say(
+            "no tokenizer: the corpus was token files, and their tokenizer is not known here; name it where the model is used"
+        )
     say(f"evaluate: {harness_command(written)}")
     return 0
 
@@ -60,6 +66,4 @@ def harness_command(written: Exported) -> str:
 
 def _path(settings: Settings, key: str) -> Path | None:
     value = settings.plain[key]
-    if not (value is None or isinstance(value, str)):
-        raise ConfigError(key, "must be a path", value=value)
-    return None if value is None else Path(value).expanduser()
+    return None if value is None else Path(str(value)).expanduser()

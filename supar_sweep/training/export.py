@@ -101,6 +101,10 @@ def export_checkpoint(checkpoint: Path, to: Path | None, *, exports: Path) -> Ex
     tokens_BT = _check_tokens(cell)
     with torch.no_grad():
         wanted_BTV = trained.model.double()(tokens_BT)
+    if not bool(wanted_BTV.isfinite().all()):
+        raise CheckpointError(
+            f"the weights of step {trained.step} give logits that are no numbers; export an earlier step"
+        )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=".export-", dir=target.parent))
@@ -108,7 +112,9 @@ def export_checkpoint(checkpoint: Path, to: Path | None, *, exports: Path) -> Ex
         raise cannot_write(target, error) from error
     try:
         written = scratch / target.name
-        _write(written, model, _config(model, trained, has_tokenizer), has_tokenizer)
+        _write(written, model, _config(model, trained, has_tokenizer))
+        if has_tokenizer:
+            _write_byte_tokenizer(written, cell.model.context_tokens)
         error = logits_error(written, wanted_BTV, tokens_BT)
         if not error <= LARGEST_ERROR:
             raise CheckpointError(
@@ -153,6 +159,9 @@ def logits_error(folder: Path, wanted_BTV: Tensor, tokens_BT: Tensor) -> float:
         folder: loaded by transformers, without a network.
         wanted_BTV: float64.
         tokens_BT: int64.
+
+    Raises:
+        CheckpointError: transformers cannot load the folder.
     """
     import transformers
 
@@ -163,6 +172,11 @@ def logits_error(folder: Path, wanted_BTV: Tensor, tokens_BT: Tensor) -> float:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             str(folder), trust_remote_code=True, local_files_only=True
         )
+    except Exception as error:  # of any kind, from a release that reads folders in another way
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise CheckpointError(
+            f"transformers {transformers.__version__} cannot load what was exported: {reason}"
+        ) from error
     finally:
         if bars:
             transformers.utils.logging.enable_progress_bar()
@@ -177,7 +191,7 @@ def _check_tokens(cell: CellConfig) -> Tensor:
     return torch.randint(cell.data.n_vocab, (2, cell.model.context_tokens), generator=generator)
 
 
-def _write(folder: Path, model: HFModel, config: Mapping[str, Any], has_tokenizer: bool) -> None:
+def _write(folder: Path, model: HFModel, config: Mapping[str, Any]) -> None:
     from safetensors.torch import save_file
 
     write_json(folder / "config.json", config, indent=2)
@@ -185,9 +199,6 @@ def _write(folder: Path, model: HFModel, config: Mapping[str, Any], has_tokenize
     save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
     for name, text in model.code.items():
         write_file(folder / name, text)
-    if has_tokenizer:
-        context_tokens = int(config.get("max_position_embeddings") or config["n_positions"])
-        _write_byte_tokenizer(folder, context_tokens)
 
 
 def _config(model: HFModel, trained: Trained, has_tokenizer: bool) -> dict[str, Any]:
@@ -249,7 +260,10 @@ def _refuse_target(target: Path) -> None:
     if target.is_dir() and (not any(target.iterdir()) or MARK in (read_json(target / "config.json") or {})):
         return
     raise ConfigError(
-        "to", "is there already and holds no export", value=str(target), allowed="a new folder, an empty one, an earlier export"
+        "to",
+        "is there already and holds no export",
+        value=str(target),
+        allowed="a new folder, an empty one, an earlier export",
     )
 
 

@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
@@ -67,7 +67,12 @@ def _gpt2(config: ModelConfig, n_vocab: int, folded: Mapping[str, Tensor]) -> HF
         return folded.get(f"{name}.bias", weight.new_zeros(weight.shape[0]))
 
     names = {"attention_norm": "ln_1", "mlp_norm": "ln_2"}
-    names |= {"attention.qkv": "attn.c_attn", "attention.out": "attn.c_proj", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}
+    names |= {
+        "attention.qkv": "attn.c_attn",
+        "attention.out": "attn.c_proj",
+        "mlp.up": "mlp.c_fc",
+        "mlp.down": "mlp.c_proj",
+    }
     weights = {
         "transformer.wte.weight": folded["embedding.tokens.weight"],
         "transformer.wpe.weight": folded["embedding.positions.weight"],
@@ -104,7 +109,12 @@ def _gpt2(config: ModelConfig, n_vocab: int, folded: Mapping[str, Tensor]) -> HF
 
 def _mpt(config: ModelConfig, n_vocab: int, folded: Mapping[str, Tensor]) -> HFModel:
     names = {"attention_norm": "norm_1", "mlp_norm": "norm_2"}
-    names |= {"attention.qkv": "attn.Wqkv", "attention.out": "attn.out_proj", "mlp.up": "ffn.up_proj", "mlp.down": "ffn.down_proj"}
+    names |= {
+        "attention.qkv": "attn.Wqkv",
+        "attention.out": "attn.out_proj",
+        "mlp.up": "ffn.up_proj",
+        "mlp.down": "ffn.down_proj",
+    }
     weights = {
         "transformer.wte.weight": folded["embedding.tokens.weight"],
         "transformer.norm_f.weight": folded["norm.weight"],
@@ -128,7 +138,13 @@ def _mpt(config: ModelConfig, n_vocab: int, folded: Mapping[str, Tensor]) -> HFM
             "layer_norm_epsilon": NORM_EPS,
             "learned_pos_emb": False,
             "no_bias": True,
-            "attn_config": {"alibi": True, "alibi_bias_max": 8, "softmax_scale": None, "attn_pdrop": 0, "clip_qkv": None},
+            "attn_config": {
+                "alibi": True,
+                "alibi_bias_max": 8,
+                "softmax_scale": None,
+                "attn_pdrop": 0,
+                "clip_qkv": None,
+            },
             "tie_word_embeddings": config.tied_head,
         },
         weights=weights,
@@ -171,4 +187,3 @@ def decoder_weights(config: ModelConfig, folded: Mapping[str, Tensor]) -> dict[s
     """
     tied = ("head.weight",) if config.tied_head else ()
     return {name.removeprefix("embedding."): weight for name, weight in folded.items() if name not in tied}
-
