@@ -20,6 +20,7 @@ from supar_sweep.training import model as gpt
 from supar_sweep.training.corpus import load_corpus
 from supar_sweep.training.data import val_batches
 from supar_sweep.training.export import LARGEST_ERROR, MARK, Exported, export_checkpoint
+from supar_sweep.training.hf_classes import hf_model
 from supar_sweep.training.restore import find_checkpoints, read_trained
 from supar_sweep.training.run_cell import run_cell
 from tests.command_line import GRID, call, here, only_cell, refused
@@ -180,7 +181,7 @@ def test_generation_continues_as_the_logits_say(shipped: bool, tmp_path: Path) -
 @pytest.mark.hf
 def test_an_export_that_computes_something_else_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = trained(tmp_path / "cells")
-    real = export_module.hf_model
+    real = hf_model
 
     def other_gelu(*args: Any) -> Any:
         found = real(*args)
@@ -201,7 +202,7 @@ def test_an_export_that_computes_something_else_is_not_written(tmp_path: Path, m
 
 def test_weights_that_are_no_numbers_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = trained(tmp_path / "cells")
-    real = export_module.read_trained
+    real = read_trained
 
     def broken(files: Any) -> Any:
         found = real(files)
@@ -253,7 +254,7 @@ def test_the_harness_scores_as_the_trained_model_does(
 
     job = trained(tmp_path / "cells", **variant)
     written = exported(job, tmp_path / "model")
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"question": "import", "choices": [" os", " zzz"], "answer": 0},
         {"question": "def f", "choices": ["(x):", "QQQQQ"], "answer": 1},
         {"question": "return", "choices": [" None", "\x7f\x7f"], "answer": 0},

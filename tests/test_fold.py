@@ -28,7 +28,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "completep": {"depth": "completep", "depth_alpha": 0.75, "base.n_layer": 1},
 }
 LARGE = {"hparams.alpha_in": 3.0, "hparams.alpha_out": 5.0, "hparams.init_std": 0.4, "train.precision": "float64"}
-IDS = {"ids": lambda v: "-".join(map(str, v.values()))}
+
+
+def name_of(variant: dict[str, Any]) -> str:
+    return "-".join(map(str, variant.values()))
 
 
 def dense(cell: CellConfig, multipliers: ForwardMultipliers | None = None) -> gpt.GPT:
@@ -61,7 +64,7 @@ def shipped(config: ModelConfig, weights: Any) -> Decoder:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("variant", VARIANTS, **IDS)
+@pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
 @torch.no_grad()
 def test_folded_weights_compute_the_same_logits_without_multipliers(variant: dict[str, Any], method: str) -> None:
     cell = tiny_cell(**variant, **METHODS[method], **LARGE)
@@ -125,7 +128,7 @@ def test_dead_weights_of_a_masked_state_are_zeros() -> None:
     assert torch.equal(weights[f"{name}.weight"], masks[name].float())
 
 
-@pytest.mark.parametrize("variant", VARIANTS, **IDS)
+@pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
 def test_the_stock_class_is_taken_where_one_fits(variant: dict[str, Any]) -> None:
     cell = tiny_cell(**variant, **LARGE)
     found = hf_model(cell.model, 256, fold(dense(cell)))

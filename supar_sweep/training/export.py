@@ -115,17 +115,17 @@ def export_checkpoint(checkpoint: Path, to: Path | None, *, exports: Path) -> Ex
         _write(written, model, _config(model, trained, has_tokenizer))
         if has_tokenizer:
             _write_byte_tokenizer(written, cell.model.context_tokens)
-        error = logits_error(written, wanted_BTV, tokens_BT)
-        if not error <= LARGEST_ERROR:
+        off_by = logits_error(written, wanted_BTV, tokens_BT)
+        if not off_by <= LARGEST_ERROR:
             raise CheckpointError(
-                f"{target} is not written: transformers computes other logits from it (relative difference {error:.2g}, "
+                f"{target} is not written: transformers computes other logits from it (relative difference {off_by:.2g}, "
                 f"at most {LARGEST_ERROR:g} is rounding); this is a bug, please report it with the cell's cell.json"
             )
         if target.exists():
             target.replace(scratch / "replaced")
         written.replace(target)
-    except OSError as error_of_disk:
-        raise cannot_write(target, error_of_disk) from error_of_disk
+    except OSError as error:
+        raise cannot_write(target, error) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return Exported(
@@ -136,7 +136,7 @@ def export_checkpoint(checkpoint: Path, to: Path | None, *, exports: Path) -> Ex
         step=trained.step,
         params=sum(parameter.numel() for parameter in trained.model.parameters()),
         density=density_of(trained),
-        logits_error=error,
+        logits_error=off_by,
         warnings=trained.warnings,
     )
 
