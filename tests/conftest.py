@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,12 +58,23 @@ def _no_compiler() -> str | None:
     return None if any(map(shutil.which, names)) else f"no C++ compiler: none of {', '.join(names)}"
 
 
+def _no_package(*names: str) -> str | None:
+    missing = [name for name in names if find_spec(name) is None]
+    return f"not installed: {', '.join(missing)}" if missing else None
+
+
 REQUIREMENTS = {
     "slurm": Requirement("SLURM's packages, of which launchers/dev_cluster.sh makes a cluster", _no_slurm),
     "browser": Requirement("a Chromium or Chrome on PATH", _no_browser),
     "gpu": Requirement("a CUDA device that torch sees", _no_gpu),
     "root": Requirement("the superuser", _no_root),
     "compiler": Requirement("a C++ compiler on PATH", _no_compiler),
+    "hf": Requirement(
+        "transformers, tokenizers and safetensors", lambda: _no_package("transformers", "tokenizers", "safetensors")
+    ),
+    "lm_eval": Requirement(
+        "lm-evaluation-harness, with transformers", lambda: _no_package("lm_eval", "transformers", "datasets")
+    ),
 }
 
 

@@ -41,7 +41,8 @@ def test_every_command_has_a_root_and_every_root_a_command() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_root_decodes(command: str) -> None:
     found = settings(command)
-    found.cell()
+    if "model" in found.plain:  # export reads its cell from the checkpoint's folder
+        found.cell()
     assert set(found.plain) <= {*CELL_KEYS, *SECTIONS}
     if "runtime" in found.plain:
         found.runtime()

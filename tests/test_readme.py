@@ -81,6 +81,9 @@ def test_its_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         if words[0] == "cancel":  # nothing runs any more, and it says so
             assert code == 2
             assert "is not running" in shown.err
+        elif words[0] == "export":  # the README's cell stands for one of the reader's
+            assert code == 2
+            assert "checkpoint: is not there" in shown.err
         else:
             assert code == 0, f"supar-sweep {shlex.join(words)}: {shown.err}"
     for made in ("studies/mine/best.yaml", "experiments/lr_basins/lr_basins.png", "experiments/lr_basins/verdict.json"):

@@ -40,7 +40,8 @@ def hydra_words(word: str, does: str, words: Sequence[str]) -> list[str]:
 
     - `hparams=path/to/best.yaml` loads a file, where Hydra knows groups only;
     - `experiment.axes.lr=[...]` adds the axis or replaces it, where Hydra would merge or refuse;
-      so do `study.space={...}`, `where.density=0.25` and `launcher.sbatch.exclude=n7`.
+      so do `study.space={...}`, `where.density=0.25` and `launcher.sbatch.exclude=n7`;
+    - the paths of `export` are quoted: a cell's folder has a ^ in its name, which Hydra cannot read.
 
     Args:
         word: the command.
@@ -58,6 +59,8 @@ def hydra_words(word: str, does: str, words: Sequence[str]) -> list[str]:
         key, equals, value = each.partition("=")
         if key == "hparams" and equals and (value.endswith((".yaml", ".yml")) or "/" in value):
             told.append(f"hparams_file={_quoted(value)}")
+        elif word == "export" and key in ("checkpoint", "to") and value not in ("", "null"):
+            told.append(f"{key}={_quoted(value)}")
         elif match := _REPLACED.fullmatch(each):
             told += [f"++{match[1]}=null", f"++{match[1]}={match[2]}"]
         else:

@@ -43,6 +43,7 @@ COMMANDS = {
     "cancel": Command("grid", "stop a running grid; `run` continues it"),
     "plot": Command("plot", "draw any figure of a grid, a study or a check, and the verdict on transfer"),
     "report": Command("report", "write one HTML file of a grid: verdict, figures, tables, lineage, cost"),
+    "export": Command("export", "write a checkpoint as a Hugging Face model folder"),
     "coord-check": Command("coord_check", "test in a few steps that activations and updates keep their size"),
 }
 

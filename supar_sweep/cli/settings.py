@@ -147,6 +147,7 @@ READS = {
     "cancel": _GRID,
     "plot": (*_GRID, *FIGURE, "study", "check"),
     "report": (*_GRID, "metric"),
+    "export": ("checkpoint", "to"),
     "coord-check": ("runtime", "check"),
 }
 """The top-level keys of each command, beside a cell's own and OUTPUT."""

@@ -56,6 +56,28 @@ def to_form_of(
     return weights, moments
 
 
+def to_dense(model: nn.Module, model_state: Mapping[str, Any]) -> tuple[State, dict[str, Tensor]]:
+    """Return (weights, masks): the weights of a state in either form, all dense with zeros where dead; its masks by
+    layer, of the layers that have one.
+
+    Args:
+        model: the same model, dense throughout.
+        model_state: its state_dict in either form, or a mixture.
+    """
+    weights, masks = dict(model_state), {}
+    for name, layer in model.named_modules():
+        prefix = f"{name}." if name else ""
+        if isinstance(layer, MaskedLinear):
+            if f"{prefix}values" in weights:
+                live = _take_pattern(weights, prefix, layer)
+                weights[f"{prefix}weight"] = _scatter(weights.pop(f"{prefix}values"), live)
+                masks[name] = _scatter(torch.ones(live.rows.size, dtype=torch.bool), live)
+            elif f"{prefix}weight_mask" in weights:
+                masks[name] = weights.pop(f"{prefix}weight_mask")
+                weights[f"{prefix}weight"] = weights[f"{prefix}weight"] * masks[name]
+    return weights, masks
+
+
 def _take_mask(weights: State, prefix: str, layer: CompactLinear) -> LivePositions:
     mask = weights.pop(f"{prefix}weight_mask", None)
     if mask is None:  # a layer without a mask is live everywhere; loading it here will say that it does not fit

@@ -95,19 +95,33 @@ class Checkpoints:
                 self.warn(f"{error}; using the one before it, or step 0")
                 self._put_aside(path)
                 continue
-            if content.get("version") != CHECKPOINT_VERSION:
-                raise CheckpointError(
-                    f"{path} has format {content.get('version')}, this program reads "
-                    f"{CHECKPOINT_VERSION}; finish the run with the program that began it, or "
-                    "delete the folder to start again"
-                )
-            if content["cell_id"] != self.cell_id:
-                raise CheckpointError(
-                    f"{path} belongs to cell {content['cell_id']}, not to {self.cell_id}; "
-                    "move it back to its own folder, or delete it to start again"
-                )
-            return {**content["state"], "step": int(content["step"])}
+            return self._checked(path, content)
         return None
+
+    def read(self, path: Path) -> dict[str, Any]:
+        """Return the state of one checkpoint, with its "step"; nothing is touched.
+
+        Args:
+            path: the file; its digest lies beside it.
+
+        Raises:
+            CheckpointError: it is torn, or belongs to another cell or another version of this program.
+        """
+        return self._checked(path, _read(path))
+
+    def _checked(self, path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+        if content.get("version") != CHECKPOINT_VERSION:
+            raise CheckpointError(
+                f"{path} has format {content.get('version')}, this program reads "
+                f"{CHECKPOINT_VERSION}; finish the run with the program that began it, or "
+                "delete the folder to start again"
+            )
+        if content["cell_id"] != self.cell_id:
+            raise CheckpointError(
+                f"{path} belongs to cell {content['cell_id']}, not to {self.cell_id}; "
+                "move it back to its own folder, or delete it to start again"
+            )
+        return {**content["state"], "step": int(content["step"])}
 
     def warn(self, message: str) -> None:
         """Note something that went wrong without ending the run: for the log and the cell's
