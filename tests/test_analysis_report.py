@@ -132,6 +132,15 @@ def test_the_swept_axis_is_found(values: dict[str, list[float]], axis: str | Non
     assert [each.x for each in basins_of(table, "train_loss")] == ([] if axis is None else [axis])
 
 
+def test_an_axis_of_names_with_null_among_them_makes_parts() -> None:
+    rows = [
+        {**row, "train.target": name, "cell_id": f"{row['cell_id']}{name}"}
+        for row in records().rows
+        for name in (None, "a.b")
+    ]
+    assert len(basins_of(frame(rows), "train_loss")) == 2
+
+
 def test_lines_are_told_apart_by_width_where_density_is_one_value() -> None:
     rows = [{**row, "density": 1.0, "width": 32 if row["density"] == 1 else 64} for row in records().rows]
     assert line_axis(frame(rows)) == "width"
