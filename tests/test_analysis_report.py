@@ -326,6 +326,10 @@ def test_it_can_be_done_again(whole: Report) -> None:
 def test_commands_leave_out_what_the_program_adds() -> None:
     argv = ["supar-sweep run", "a=b c", "hydra.run.dir=.", "hydra/help=supar", "it's=1"]
     assert command_text(argv) == "supar-sweep run 'a=b c' 'it'\"'\"'s=1'"
+    axis = "experiment.axes.lr"
+    assert command_text(["supar-sweep run", f"++{axis}=null", f"++{axis}=[1,2]", "++mine=3"]) == (
+        f"supar-sweep run '{axis}=[1,2]' ++mine=3"
+    )
 
 
 def test_the_page_needs_nothing_else(whole: Report) -> None:
