@@ -67,8 +67,11 @@ def where(table: pd.DataFrame, fixed: Mapping[str, Any]) -> pd.DataFrame:
         if name not in table.columns:
             raise ConfigError(f"where.{name}", "no such column", allowed=sorted(table.columns), nearest_to=name)
         column = table[name]
-        if isinstance(value, float):
-            mask = np.isclose(column.to_numpy(dtype=float), value, rtol=1e-9, atol=0.0)
+        if value is None or value != value:  # pandas writes null as NaN
+            mask = column.isna().to_numpy()
+        elif isinstance(value, float):
+            numbers = pd.to_numeric(column, errors="coerce").to_numpy(dtype=float)
+            mask = np.isclose(numbers, value, rtol=1e-9, atol=0.0)
         else:
             mask = (column == value).to_numpy()
         if not mask.any():

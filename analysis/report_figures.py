@@ -146,7 +146,8 @@ def pictures(
 
 def _basins(each: BasinSet, sets: Sequence[BasinSet]) -> Picture:
     apart = [axis for axis in each.fixed if len({str(other.fixed.get(axis)) for other in sets}) > 1]
-    at = ", ".join(style.value_text(axis, each.fixed[axis]) for axis in apart)
+    missing = {axis for axis in apart if each.fixed[axis] != each.fixed[axis]}  # pandas writes null as NaN
+    at = ", ".join(f"{axis} null" if axis in missing else style.value_text(axis, each.fixed[axis]) for axis in apart)
     suffix = "".join(f"-{axis}{each.fixed[axis]}" for axis in apart)
     name, line = style.axis_name(each.x).lower(), style.axis_name(each.hue).lower()
     return Picture(

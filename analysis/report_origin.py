@@ -252,9 +252,18 @@ def _factor(value: float, base: float) -> str:
 
 
 def command_text(argv: Sequence[str]) -> str:
-    """Return a command line as a person would type it: without what the program itself gives Hydra."""
+    """Return a command line as a person would type it: without what the program itself gives Hydra.
+
+    It clears an axis before it sets it (++key=null ++key=value): that is one word of the person's.
+    """
     program, *words = map(str, argv)
-    own = [word for word in words if not word.startswith(("hydra.", "hydra/"))]
+    cleared = {word[2:].removesuffix("=null") for word in words if word.startswith("++") and word.endswith("=null")}
+    own = []
+    for word in words:
+        key = word.removeprefix("++").partition("=")[0]
+        if word.startswith(("hydra.", "hydra/")) or word == f"++{key}=null":
+            continue
+        own.append(word.removeprefix("++") if key in cleared else word)
     return " ".join([program, *map(shlex.quote, own)])
 
 

@@ -102,8 +102,6 @@ def _cost_words(found: Report) -> list[tuple[str, str]]:
     elif study is None:
         rows.append(("Tuning each target directly", "no study is known, so there is no number of runs to compare with"))
     if spent.unfinished_s:
-        rows.append(
-            ("Attempts without a result", f"{time_text(spent.unfinished_s)} in processes that had to begin again")
-        )
+        rows.append(("Attempts without a result", f"{time_text(spent.unfinished_s)}, start-up included"))
     rows.append(("Computed on", "; ".join(f"{name}: {n} cells" for name, n in spent.devices.items())))
     return rows

@@ -132,6 +132,15 @@ def test_the_swept_axis_is_found(values: dict[str, list[float]], axis: str | Non
     assert [each.x for each in basins_of(table, "train_loss")] == ([] if axis is None else [axis])
 
 
+def test_an_axis_of_names_with_null_among_them_makes_parts() -> None:
+    rows = [
+        {**row, "train.target": name, "cell_id": f"{row['cell_id']}{name}"}
+        for row in records().rows
+        for name in (None, "a.b")
+    ]
+    assert len(basins_of(frame(rows), "train_loss")) == 2
+
+
 def test_lines_are_told_apart_by_width_where_density_is_one_value() -> None:
     rows = [{**row, "density": 1.0, "width": 32 if row["density"] == 1 else 64} for row in records().rows]
     assert line_axis(frame(rows)) == "width"
@@ -317,6 +326,10 @@ def test_it_can_be_done_again(whole: Report) -> None:
 def test_commands_leave_out_what_the_program_adds() -> None:
     argv = ["supar-sweep run", "a=b c", "hydra.run.dir=.", "hydra/help=supar", "it's=1"]
     assert command_text(argv) == "supar-sweep run 'a=b c' 'it'\"'\"'s=1'"
+    axis = "experiment.axes.lr"
+    assert command_text(["supar-sweep run", f"++{axis}=null", f"++{axis}=[1,2]", "++mine=3"]) == (
+        f"supar-sweep run '{axis}=[1,2]' ++mine=3"
+    )
 
 
 def test_the_page_needs_nothing_else(whole: Report) -> None:

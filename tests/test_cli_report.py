@@ -54,7 +54,10 @@ def test_it_writes_one_page_and_prints_the_verdict(runs: Path, capsys: pytest.Ca
     assert len(json.loads(out)) == 2 * 2 * 2  # a line per parameterization, density, width
     page = path.read_text(encoding="utf-8")
     assert page.startswith("<!DOCTYPE html>")
-    assert page.count("<figure>") == 2 + 4  # basins of each width; heatmap, pareto, curves, study
+    titles = re.findall(r"<figure>\s*<h3>([^<]+)", page)
+    assert titles[:2] == ["Loss against learning rate, width 16", "Loss against learning rate, width 32"]
+    assert titles[-3:] == ["Loss against density", "Training curves", "The study mine"]
+    assert "scaling" in page[page.index("Figures that this grid does not support") :]
     text = text_of(page)
     for said in (
         "SP",
@@ -66,9 +69,7 @@ def test_it_writes_one_page_and_prints_the_verdict(runs: Path, capsys: pytest.Ca
         "supar-sweep tune",
     ):
         assert said in text, said
-    best = Store(runs / "cells").index()
     assert f"All {2 * 2 * 2 * 2 * 4} cells" in text
-    assert len(best) >= 64
 
 
 def test_the_studys_cost_is_that_of_its_cells(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
