@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,17 @@ def test_an_export_that_computes_something_else_is_not_written(tmp_path: Path, m
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
+@pytest.mark.hf
+def test_a_class_that_does_not_load_is_named_with_its_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    job = trained(tmp_path / "cells")
+    monkeypatch.delattr(transformers.GPT2LMHeadModel, "forward")
+    with pytest.raises(CheckpointError, match=f"transformers {re.escape(transformers.__version__)} cannot use"):
+        exported(job, tmp_path / "model")
+    assert [p.name for p in tmp_path.iterdir()] == ["cells"]
+
+
 def test_weights_that_are_no_numbers_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = trained(tmp_path / "cells")
     real = read_trained
@@ -227,6 +239,7 @@ def test_the_config_says_where_the_model_comes_from_and_holds_no_path(tmp_path: 
     config = (written.folder / "config.json").read_text()
     origin = json.loads(config)[MARK]
     assert str(tmp_path) not in config
+    assert len({path.stat().st_mode for path in written.folder.iterdir()}) == 1
     assert origin["cell_id"] == job["cell_id"]
     assert origin["step"] == written.step == 12
     assert origin["summary"] == result_of(job)["summary"]

@@ -161,7 +161,7 @@ def logits_error(folder: Path, wanted_BTV: Tensor, tokens_BT: Tensor) -> float:
         tokens_BT: int64.
 
     Raises:
-        CheckpointError: transformers cannot load the folder.
+        CheckpointError: transformers cannot load or run it.
     """
     import transformers
 
@@ -172,16 +172,16 @@ def logits_error(folder: Path, wanted_BTV: Tensor, tokens_BT: Tensor) -> float:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             str(folder), trust_remote_code=True, local_files_only=True
         )
+        with torch.no_grad():
+            found_BTV = model.double().eval()(tokens_BT).logits
     except Exception as error:  # of any kind, from a release that reads folders in another way
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise CheckpointError(
-            f"transformers {transformers.__version__} cannot load what was exported: {reason}"
+            f"transformers {transformers.__version__} cannot use what was exported: {reason}"
         ) from error
     finally:
         if bars:
             transformers.utils.logging.enable_progress_bar()
-    with torch.no_grad():
-        found_BTV = model.double().eval()(tokens_BT).logits
     return float((found_BTV - wanted_BTV).abs().max() / wanted_BTV.abs().max())
 
 
@@ -197,6 +197,8 @@ def _write(folder: Path, model: HFModel, config: Mapping[str, Any]) -> None:
     write_json(folder / "config.json", config, indent=2)
     weights = {name: weight.contiguous() for name, weight in model.weights.items()}
     save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    # safetensors lets nobody but the user read it, whatever the umask says
+    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
     for name, text in model.code.items():
         write_file(folder / name, text)
 
