@@ -157,7 +157,9 @@ def density_of(trained: Trained) -> float:
 
 
 def logits_error(folder: Path, wanted_BTV: Tensor, tokens_BT: Tensor) -> float:
-    """Return how far the logits of a model folder lie off, in float64 (MPT: float32): the largest difference, relative to the largest logit.
+    """Return how far the logits of a model folder lie off: the largest difference, relative to the largest logit.
+
+    In float64; MPT's in float32.
 
     Args:
         folder: loaded by transformers, without a network.
