@@ -93,7 +93,7 @@ def run_d(setting: iso_parameter.Setting) -> dict[str, Any]:
 
 COLUMNS = {
     "a": "device threads width one_in reference_ms dense_x dense_x_same_route compact_x compact_x_same_route auto_x "
-    "auto_x_same_route peak_reference_mib peak_x state_reference_mib state_x",
+    "auto_x_same_route cohort_x cohort_x_same_route peak_reference_mib peak_x state_reference_mib state_x",
     "b": "device width points ours_cells sequential_s packed_s same_route_s ours_s sequential_x x x_same_route "
     "reference_val_loss ours_val_loss ours_diverged",
     "d": "width one_in compact step_ms linear_ms linear_bound_ms linear_of_bound attention_ms attention_bound_ms "

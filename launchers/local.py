@@ -61,7 +61,7 @@ class LocalLauncher:
         grace_s: float,
         function: str = RUN_CELLS,
     ) -> None:
-        self.slots = processes or max(1, len(os.sched_getaffinity(0)) // threads)
+        self.slots = self.processes = processes or max(1, len(os.sched_getaffinity(0)) // threads)
         self._threads, self._gpus, self._log_folder = threads, gpus, log_folder
         self._grace_s, self._function = grace_s, function
         self._queue: deque[Sequence[Job]] = deque()

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Self
 
 from supar_sweep.errors import RecordError
-from supar_sweep.sweep.arrays import NAME_PREFIX, ArrayFolder, OwnRecord, is_of, own_record
+from supar_sweep.sweep.arrays import ArrayFolder, OwnRecord, is_of, own_record
 from supar_sweep.sweep.files import write_file
 from supar_sweep.sweep.jobs import Event, Job, folder_of
 from supar_sweep.sweep.records import CellFolder, End
@@ -29,10 +29,13 @@ from supar_sweep.training.worker import RUN_CELLS
 
 from .local import LAST_WORDS_CHARS, THREAD_VARIABLES, search_path
 from .slurm_config import SlurmConfig
+from .slurm_follow import Queued, in_queue
 from .slurm_queue import Refused, Slurm, environment_of_job
-from .state import Report, Verdict, judge, words_of_its_own
+from .state import Report, Verdict, judge, live_state, words_of_its_own
 
 TICK_S = 0.2
+RELEASES = 3
+"""SLURM holds an element for good that a node could not start: it is let go again so often."""
 
 
 class SlurmLauncher:
@@ -61,11 +64,11 @@ class SlurmLauncher:
         self._max_array_size = self._slurm.max_array_size()
         self._config, self._threads, self._function = config, threads, function
         self._folder = folder.absolute()
-        self.slots = config.max_elements
+        self.slots, self.processes = config.max_elements, config.array_parallelism
         self._gathered: list[list[Job]] = []
         self._batches: list[_Batch] = []
         self._elements: dict[str, _Element] = {}
-        self._left_over: dict[str, tuple[str, ArrayFolder]] = {}
+        self._left_over: dict[str, Queued] = {}
         self._events: list[Event] = []
         self._cancelled = False
         self._submit_at_s = self._look_at_s = self._left_over_until_s = 0.0
@@ -126,6 +129,11 @@ class SlurmLauncher:
     ) -> None:
         self.close()
 
+    def flush(self) -> set[str]:
+        """Submit what was gathered, and return the cells that the queue does not take now."""
+        self._submit_gathered()
+        return {job["cell_id"] for batch in self._batches for group in batch.groups for job in group}
+
     # -- submission --------------------------------------------------------------------------------
 
     def _submit_gathered(self) -> None:
@@ -162,9 +170,8 @@ class SlurmLauncher:
             write_file(script, self.script(array, len(batch.groups), batch.at_once))
             job_id = self._slurm.sbatch(script)
         array.note_submitted(job_id)
-        now_s = time.monotonic()
         for index, group in enumerate(batch.groups):
-            self._elements[f"{job_id}_{index}"] = _Element(array, _folders(group), last_live_s=now_s)
+            self._elements[f"{job_id}_{index}"] = _Element(array, _folders(group))
 
     def _not_now(self, batch: _Batch, refused: Refused) -> None:
         """Take back what sbatch refused: for later, in two halves where the queue is full, for good otherwise."""
@@ -229,38 +236,21 @@ class SlurmLauncher:
 
     # -- arrays of a launcher that is gone ---------------------------------------------------------
 
+    def known(self) -> dict[str, str]:
+        """Return pending, held or running of each cell that is in the queue already, by cell_id."""
+        return {this: live_state(queued.report) for this, queued in in_queue(self._slurm, self._folder).items()}
+
     def _adopted(self, job: Job) -> bool:
         """Return whether an element that is in the queue already will train the cell: then that is followed."""
         if time.monotonic() >= self._left_over_until_s:
-            self._left_over = self._find_left_over()
+            self._left_over = in_queue(self._slurm, self._folder)
             self._left_over_until_s = time.monotonic() + self._config.poll_s
-        if job["cell_id"] not in self._left_over:
+        queued = self._left_over.get(job["cell_id"])
+        if queued is None or own_record(folder_of(job), queued.array.key).end in SETTLED:
             return False
-        each, array = self._left_over[job["cell_id"]]
-        if own_record(folder_of(job), array.key).end in SETTLED:
-            return False
-        mine = self._elements.setdefault(each, _Element(array, {}, last_live_s=time.monotonic(), adopted=True))
-        mine.waiting[job["cell_id"]] = folder_of(job)
+        followed = _Element(queued.array, adopted=True)
+        self._elements.setdefault(queued.element, followed).waiting[job["cell_id"]] = folder_of(job)
         return True
-
-    def _find_left_over(self) -> dict[str, tuple[str, ArrayFolder]]:
-        """Return the element and the array of each cell that an array of this folder has in the queue."""
-        arrays = {
-            job_id: ArrayFolder(self._folder / name.removeprefix(NAME_PREFIX))
-            for name, job_id in (self._slurm.arrays() or {}).items()
-            if name.startswith(NAME_PREFIX) and (self._folder / name.removeprefix(NAME_PREFIX)).is_dir()
-        }
-        reports = self._slurm.queue([array.job_name for array in arrays.values()]) if arrays else None
-        found: dict[str, tuple[str, ArrayFolder]] = {}
-        for job_id, array in arrays.items():
-            with suppress(RecordError):
-                if array.job_id() is None:
-                    array.note_submitted(job_id)
-                for index, group in enumerate(array.groups()):
-                    each = f"{job_id}_{index}"
-                    if reports and each in reports and reports[each].live:
-                        found |= {job["cell_id"]: (each, array) for job in group}
-        return found
 
     # -- following ---------------------------------------------------------------------------------
 
@@ -272,20 +262,25 @@ class SlurmLauncher:
         if queue is None:
             return
         for each, element in self._elements.items():
-            if each in queue and queue[each].live:
-                element.last_live_s = now_s
+            if each not in queue or not queue[each].live:
+                element.gone_s = element.gone_s or now_s
+            else:
+                element.gone_s = None
+                if queue[each].launch_failed and element.releases < RELEASES:
+                    element.releases += 1
+                    self._slurm.release(each)
         gone = {each.partition("_")[0] for each in self._elements if each not in queue or not queue[each].live}
         accounts = self._slurm.accounts(sorted(gone))
         for each, element in list(self._elements.items()):
             report = queue.get(each)
             if report is not None and report.live and report.state != "RUNNING" and not report.restarts:
                 continue  # not begun yet: its cells' files have nothing to tell
-            self._judge(each, element, report, accounts.get(each), now_s - element.last_live_s)
+            self._judge(each, element, report, accounts.get(each), now_s - (element.gone_s or now_s))
             if not element.waiting:
                 del self._elements[each]
 
     def _judge(
-        self, each: str, element: _Element, queue: Report | None, account: Report | None, since_live_s: float
+        self, each: str, element: _Element, queue: Report | None, account: Report | None, since_gone_s: float
     ) -> None:
         live = queue is not None and queue.live
         last_words = "" if live else element.array.last_words(each)
@@ -295,7 +290,7 @@ class SlurmLauncher:
                 own,
                 queue,
                 account,
-                since_live_s=since_live_s,
+                since_gone_s=since_gone_s,
                 grace_s=self._config.grace_s,
                 last_words=last_words,
             )
@@ -355,14 +350,16 @@ class _Element:
     Args:
         array: its array.
         waiting: the cells whose end was not told yet, by id.
-        last_live_s: when it was last seen waiting or running (time.monotonic).
+        gone_s: when it was first seen to be neither waiting nor running (time.monotonic); None = it is.
         adopted: submitted by an earlier launcher.
+        releases: how often it was let go after a node could not start it.
     """
 
     array: ArrayFolder
     waiting: dict[str, CellFolder] = field(default_factory=dict)
-    last_live_s: float = 0.0
+    gone_s: float | None = None
     adopted: bool = False
+    releases: int = 0
 
 
 def _folders(group: Sequence[Job]) -> dict[str, CellFolder]:

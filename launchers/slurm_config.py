@@ -36,11 +36,13 @@ class SlurmConfig:
     """conf/launcher/slurm.yaml."""
 
     name: str = setting("slurm", choices=("slurm",))
+    wait: bool = setting("follow the jobs to their end; false: submit, and return at once")
     partition: str | None = setting("partition; null = the cluster's default")
     account: str | None = setting("account; null = yours by default")
     qos: str | None = setting("quality of service; null = the default")
     constraint: str | None = setting("features that a node must have; null = any node")
     gpus_per_node: int | None = setting("GPUs of an element; null = none asked for", ge=1)
+    gpu_memory_gb: float | None = setting("memory of a GPU: how many small cells fit; null without GPUs", gt=0)
     cpus: int = setting("cores of an element", ge=1)
     mem_gb: float | None = setting("memory of an element; null = the partition's default", gt=0)
     timeout_min: int = setting("time limit; a cell that reaches it is saved and requeued", ge=1)
@@ -64,6 +66,11 @@ class SlurmConfig:
                 raise ConfigError(
                     f"sbatch.{name}", "must be text, a number, or true for an option without a value", value=value
                 )
+        if (self.gpu_memory_gb is None) != (self.gpus_per_node is None):
+            allowed = "a number with gpus_per_node, null without"
+            raise ConfigError(
+                "gpu_memory_gb", "does not go with gpus_per_node", value=self.gpu_memory_gb, allowed=allowed
+            )
         if self.signal_delay_s >= self.timeout_min * 60:
             raise ConfigError(
                 "signal_delay_s", "leaves no time before it", value=self.signal_delay_s, allowed="< 60 * timeout_min"

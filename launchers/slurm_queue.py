@@ -142,6 +142,10 @@ class Slurm:
                 self._ask("scancel", "--full", "--signal=KILL", *some)
             self._ask("scancel", *some)
 
+    def release(self, element: str) -> None:
+        """Let an element go that SLURM holds."""
+        self._ask("scontrol", "release", element)
+
     def cancel_name(self, name: str) -> None:
         """End whatever array has the name, should there be one."""
         self._ask("scancel", "--me", f"--name={name}")

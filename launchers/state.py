@@ -62,6 +62,11 @@ class Report(NamedTuple):
         """Whether the element is still to run, or runs."""
         return self.state in WAITING | HELD | AT_WORK
 
+    @property
+    def launch_failed(self) -> bool:
+        """Whether SLURM holds the element because a node could not start it, and not because somebody wanted that."""
+        return self.state in WAITING | HELD and "launch failed" in self.reason.lower().replace("_", " ")
+
 
 class Verdict(NamedTuple):
     """Where a cell of an element stands.
@@ -84,7 +89,7 @@ def judge(
     queue: Report | None,
     account: Report | None,
     *,
-    since_live_s: float,
+    since_gone_s: float,
     grace_s: float,
     last_words: str = "",
 ) -> Verdict:
@@ -95,7 +100,7 @@ def judge(
         own: what the cell's files say, read now.
         queue: what the queue tells of its element; None = nothing.
         account: what the accounting tells; None = nothing, or there is none.
-        since_live_s: how long ago the element was last seen in the queue, waiting or running, >= 0.
+        since_gone_s: how long ago the element was first seen to be neither waiting nor running, >= 0.
         grace_s: how long a file, or a requeue, may take to be seen: nothing is called lost before.
         last_words: the end of what the element printed.
     """
@@ -104,23 +109,27 @@ def judge(
     if own.end in ("failed", "oom"):  # a requeued element leaves these alone
         return Verdict(own.end, own.message, settled=True)
     if queue is not None and queue.live:
-        return _live(queue)
+        state = live_state(queue)
+        return Verdict(state, "" if state == "running" or queue.reason == "None" else queue.reason)
     said = account or queue
     if account is not None and account.live:  # it lags behind the queue
         said = queue
-    if since_live_s < grace_s:
+    if since_gone_s < grace_s:
         return Verdict("unknown", "has left the queue, or is about to be requeued")
     if own.locked:
         return Verdict("running", "SLURM has given it up, and its process still holds the cell")
     return _ended(own, said, last_words)
 
 
-def _live(queue: Report) -> Verdict:
+def live_state(queue: Report) -> str:
+    """Return running, held or pending.
+
+    Args:
+        queue: what the queue tells of an element that is live.
+    """
     if queue.state in AT_WORK:
-        return Verdict("running")
-    if queue.state in HELD or "held" in queue.reason.lower():
-        return Verdict("held", queue.reason)
-    return Verdict("pending", "" if queue.reason in ("None", "") else queue.reason)
+        return "running"
+    return "held" if queue.state in HELD or "held" in queue.reason.lower() else "pending"
 
 
 def _ended(own: OwnRecord, said: Report | None, last_words: str) -> Verdict:

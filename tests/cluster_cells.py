@@ -22,7 +22,7 @@ from tests.fake_cells import loss
 
 RUN = "tests.cluster_cells:run"
 STEP_S = 0.1
-RAISES, EXITS, KILLED, HUNGRY, DEAF, DIVERGES = range(1000, 1006)
+RAISES, EXITS, KILLED, HUNGRY, STUCK, DIVERGES = range(1000, 1006)
 
 
 def run(
@@ -57,9 +57,11 @@ class _Cell:
     def step(self, stop: Any) -> tuple[str, str] | None:
         """Train one step; how it ended, where it did."""
         steps = self.cell.train.steps
-        if stop and self.cell.seed != DEAF:
+        if stop:
             end = "timeout" if stop == "timeout" else "cancelled"
             return self._end(end, f"{stop} after {self.done} of {steps} steps")
+        if self.cell.seed == STUCK:
+            return None
         self.done += 1
         self.attempt.log(step=self.done, loss=loss(self.cell, self.done))
         self.attempt.flush()

@@ -73,9 +73,16 @@ class Cluster:
 
     def start_controller(self) -> None:
         """Start slurmctld again, and wait until it answers."""
-        marked = {**os.environ, **self.environment, "SUPAR_DEV_CLUSTER": str(self.folder)}
-        subprocess.run(["slurmctld"], env=marked, check=True, capture_output=True)
+        self._start("slurmctld")
         self.wait_for(lambda: " is UP" in self.ask("scontrol", "ping", check=False))
+
+    def start_node(self, node: str) -> None:
+        """Start a node's daemon again."""
+        self._start("slurmd", "-N", node)
+
+    def _start(self, *daemon: str) -> None:
+        marked = {**os.environ, **self.environment, "SUPAR_DEV_CLUSTER": str(self.folder)}
+        subprocess.run(daemon, env=marked, check=True, capture_output=True)
 
     def wait_for(self, condition: Callable[[], object], timeout_s: float = 60) -> None:
         """Wait until the condition holds; show the queue where it never does."""

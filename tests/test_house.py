@@ -27,7 +27,11 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("supar_sweep.sweep",),  # grid, identity, records
     ("supar_sweep.sparse",),
     ("supar_sweep.training",),
-    ("supar_sweep.sweep.complete", "supar_sweep.sweep.tune"),  # the launcher is handed to them
+    (
+        "supar_sweep.sweep.complete",
+        "supar_sweep.sweep.handover",
+        "supar_sweep.sweep.tune",
+    ),  # the launcher is handed to them
     ("supar_sweep",),  # the public names, gathered
     ("launchers",),
     ("analysis",),

@@ -45,6 +45,7 @@ def test_what_is_shipped_is_valid(name: str) -> None:
         ({"cpus": 0}, r"launcher.cpus: out of range \(got 0\); allowed: >= 1"),
         ({"timeout_min": 1.5}, "launcher.timeout_min: must be an integer"),
         ({"timeout_min": 2, "signal_delay_s": 120}, "launcher.signal_delay_s: leaves no time before it"),
+        ({"gpus_per_node": None}, r"launcher.gpu_memory_gb: does not go with gpus_per_node \(got 40"),
         ({"sbatch": {"time": 10}}, "launcher.sbatch.time: is set by launcher.timeout_min"),
         ({"sbatch": {"cpus_per_task": 10}}, "launcher.sbatch.cpus_per_task: is set by launcher.cpus"),
         ({"sbatch": {"requeue": True}}, "launcher.sbatch.requeue: is the launcher's own"),
@@ -60,7 +61,7 @@ def test_a_further_option_is_one_of_sbatchs_own() -> None:
     known = options_in(USAGE)
     assert known == {"account", "exclude", "exclusive", "nodelist"}
     shipped("slurm", sbatch={"exclude": "n7", "exclusive": True}).check_options(known)
-    with pytest.raises(ConfigError, match="launcher.sbatch.exclud: no such option") as error:
+    with pytest.raises(ConfigError, match=r"launcher\.sbatch\.exclud: no such option") as error:
         shipped("slurm", sbatch={"exclud": "n7"}).check_options(known)
     assert str(error.value).endswith("did you mean 'exclude'?; allowed: exclude, exclusive, nodelist")
 

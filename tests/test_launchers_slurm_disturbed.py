@@ -5,6 +5,7 @@ with nodes of its own where it does something to a node.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from launchers.slurm import SlurmLauncher
 from supar_sweep.sweep.jobs import Event, folder_of
+from tests import cluster_cells
 from tests.clusters import Cluster, cluster
 from tests.test_launchers_slurm import assert_whole_curve, begun, element_of, job_of, launcher, until
 
@@ -55,10 +57,10 @@ def on(*numbers: int) -> dict[str, Any]:
 
 
 def submitted(slurm: Cluster, made: SlurmLauncher, job: Job) -> str:
-    """Submit a job alone, and return its element when it has begun."""
+    """Submit a job alone, and return its element when it has begun and has something to lose."""
     made.submit([job])
     made.events(0)
-    slurm.wait_for(lambda: begun(job))
+    slurm.wait_for(lambda: begun(job, steps=3))
     return element_of(job)
 
 
@@ -88,6 +90,24 @@ def time_limit(slurm: Cluster, runs: Path) -> tuple[Job, Event]:
     with launcher(runs, timeout_min=1, **on(1)) as made:
         element = submitted(slurm, made, job)
         hurry(slurm, element)
+        (event,) = until(made, [job], 200).values()
+    return job, event
+
+
+@story
+def time_limit_where_the_site_forbids_requeue(slurm: Cluster, runs: Path) -> tuple[Job, Event]:
+    job = job_of(runs, 7, steps=1000)
+    with launcher(runs, timeout_min=1, **on(1)) as made:
+        slurm.ask("scontrol", "update", f"jobid={submitted(slurm, made, job)}", "Requeue=0")
+        (event,) = until(made, [job], 200).values()
+    return job, event
+
+
+@story
+def time_limit_without_a_step(slurm: Cluster, runs: Path) -> tuple[Job, Event]:
+    job = job_of(runs, cluster_cells.STUCK)
+    with launcher(runs, timeout_min=1, **on(1)) as made:
+        made.submit([job])
         (event,) = until(made, [job], 200).values()
     return job, event
 
@@ -160,6 +180,23 @@ def test_a_time_limit_saves_and_continues_in_a_new_start(told: dict[str, Future[
     assert second["end"] == "done"
     assert starts(job)[1]["resumed_from_step"] == int(first["message"].split()[2]) > 0
     assert [start["provenance"]["slurm"]["restarts"] for start in starts(job)] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("time_limit_where_the_site_forbids_requeue", "; not requeued: .*(disabled|denied|[Rr]equeue)"),
+        ("time_limit_without_a_step", "timeout after 0 of 6 steps; not requeued: no step was saved since this start"),
+    ],
+)
+def test_a_time_limit_without_a_requeue_says_why(
+    told: dict[str, Future[tuple[Job, Event]]], name: str, reason: str
+) -> None:
+    job, event = told[name].result()
+    assert (event.end, event.died) == ("timeout", False)
+    assert re.search(reason, event.message)
+    assert [end["end"] for end in ends(job)] == ["timeout"]
+    assert ends(job)[0]["message"] == event.message
 
 
 @pytest.mark.parametrize(

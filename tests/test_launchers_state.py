@@ -47,23 +47,23 @@ def verdict(
     queue: str | Report | None = None,
     account: str | Report | None = None,
     *,
-    since_live_s: float = LATE_S,
+    since_gone_s: float = LATE_S,
     last_words: str = "",
 ) -> Verdict:
     said = [Report(each) if isinstance(each, str) else each for each in (queue, account)]
-    return judge(own or OwnRecord(begun=True), *said, since_live_s=since_live_s, grace_s=GRACE_S, last_words=last_words)
+    return judge(own or OwnRecord(begun=True), *said, since_gone_s=since_gone_s, grace_s=GRACE_S, last_words=last_words)
 
 
 @given(records, reports, reports, st.floats(0, 2 * GRACE_S))
 def test_every_answer_is_a_state_and_the_cells_own_result_comes_first(
-    own: OwnRecord, queue: Report | None, account: Report | None, since_live_s: float
+    own: OwnRecord, queue: Report | None, account: Report | None, since_gone_s: float
 ) -> None:
-    found = judge(own, queue, account, since_live_s=since_live_s, grace_s=GRACE_S)
+    found = judge(own, queue, account, since_gone_s=since_gone_s, grace_s=GRACE_S)
     assert found.state in STATES
     assert found.settled or not found.died
     if own.end in ("done", "diverged", "failed", "oom"):
         assert (found.state, found.settled, found.died) == (own.end, True, False)
-    elif since_live_s < GRACE_S or own.locked or (queue and queue.live):
+    elif since_gone_s < GRACE_S or own.locked or (queue and queue.live):
         assert not found.settled, "nothing is called lost before the grace, or beside a living process"
 
 
@@ -85,6 +85,13 @@ def test_what_is_in_the_queue_is_under_way_whatever_the_accounting_says(
     for own in (OwnRecord(), OwnRecord("cancelled", begun=True), OwnRecord("timeout", begun=True)):
         found = verdict(own, queue, account)
         assert (found.state, found.settled) == (state, False)
+
+
+def test_a_failed_launch_is_told_from_a_hold_that_somebody_wanted() -> None:
+    assert Report("PENDING", "launch failed requeued held").launch_failed
+    assert Report("REQUEUE_HOLD", "launch_failed_requeued_held").launch_failed
+    assert not Report("PENDING", "JobHeldUser").launch_failed
+    assert not Report("RUNNING", "None").launch_failed
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,8 @@ _VALUED = (
 )
 
 _REPLACED = re.compile(
-    r"(experiment\.(?:axes|by|zipped)\b[^=]*|study\.space(?:\.\w+)?|where(?:\.[\w.]+)?)=(.*)", re.DOTALL
+    r"(experiment\.(?:axes|by|zipped)\b[^=]*|study\.space(?:\.\w+)?|where(?:\.[\w.]+)?|launcher\.sbatch(?:\.[\w-]+)?)=(.*)",
+    re.DOTALL,
 )
 
 
@@ -39,7 +40,7 @@ def hydra_words(word: str, does: str, words: Sequence[str]) -> list[str]:
 
     - `hparams=path/to/best.yaml` loads a file, where Hydra knows groups only;
     - `experiment.axes.lr=[...]` adds the axis or replaces it, where Hydra would merge or refuse;
-      so do `study.space={...}` and `where.density=0.25`.
+      so do `study.space={...}`, `where.density=0.25` and `launcher.sbatch.exclude=n7`.
 
     Args:
         word: the command.

@@ -14,6 +14,7 @@ from supar_sweep.cli.launch import (
     experiment_of,
     flops,
     freeze,
+    launcher_config,
     make_launcher,
     price,
     shape_key,
@@ -22,13 +23,15 @@ from supar_sweep.cli.launch import (
 from supar_sweep.cli.main import INTERRUPTED
 from supar_sweep.cli.output import emit, say
 from supar_sweep.cli.progress import Live, duration
+from supar_sweep.cli.rooms import room
 from supar_sweep.cli.settings import FIGURE, Settings
 from supar_sweep.config.decode import encode
 from supar_sweep.config.schema import CellConfig
 from supar_sweep.errors import ConfigError
 from supar_sweep.sweep.complete import Summary, complete
+from supar_sweep.sweep.handover import hand_over
 from supar_sweep.sweep.jobs import Launcher
-from supar_sweep.sweep.status import STATES, first_errors, states, status_counts
+from supar_sweep.sweep.status import STATES, CellState, first_errors, states, status_counts
 from supar_sweep.sweep.submission import Plan
 from supar_sweep.training.cost import count_parameters, memory_gb
 
@@ -132,6 +135,8 @@ def run(settings: Settings) -> int:
     settings = with_threads(settings, [cell for this, cell in grid.cells.items() if not found[this].complete])
     grid = replace(grid, plan=replace(grid.plan, runtime=encode(settings.runtime())))
     with make_launcher(settings) as launcher:
+        if not getattr(launcher_config(settings), "wait", True):
+            return submit(settings, grid, launcher)
         summary = train(settings, grid, launcher)
     row = {"experiment": settings.experiment, **summary.counts, "skipped": summary.skipped}
     row |= {"held": summary.held, "wall_s": round(summary.wall_s, 1)}
@@ -140,6 +145,29 @@ def run(settings: Settings) -> int:
     else:
         emit([row], format=settings.format)
     return exit_code(summary)
+
+
+def submit(settings: Settings, grid: Grid, launcher: Any) -> int:
+    """Hand the grid to a queue that goes on without us; return 0, or 1 where it refused cells."""
+    price_of = price(settings, launcher)
+    said = hand_over(
+        experiment_of(settings),
+        grid.plan,
+        launcher,
+        price=lambda planned: price_of(grid.cells[planned.cell_id]),
+    )
+    row = {"experiment": settings.experiment, "n": len(grid.cells), **said._asdict(), "refused": len(said.refused)}
+    if settings.format == "json":
+        _write_json(row)
+    else:
+        emit([row], format=settings.format)
+    for reason in dict.fromkeys(said.refused.values()):
+        say(reason)
+    if said.held:
+        say(
+            f"{said.held} cells wait until the queue takes them: the same command submits them, launcher.wait=true by itself"
+        )
+    return INCOMPLETE if said.refused else 0
 
 
 def run_grid(settings: Settings, launcher: Launcher) -> int:
@@ -184,7 +212,7 @@ def status(settings: Settings) -> int:
     experiment = experiment_of(settings)
     frozen = experiment.plan()
     note_unread(settings)
-    found = states(experiment, frozen)
+    found = with_queue(settings, states(experiment, frozen))
     groups = status_counts(frozen, found, by=_group_by(settings, frozen))
     [total] = status_counts(frozen, found)
     errors = first_errors(frozen, found)
@@ -211,6 +239,22 @@ def status(settings: Settings) -> int:
         log = f" (see {row['log']})" if row["log"] else ""
         say(f"{row['n']} {row['state']}, first {row['cell']}: {row['message']}{log}")
     return 0
+
+
+def with_queue(settings: Settings, found: Mapping[str, CellState]) -> dict[str, CellState]:
+    """Return the states, with pending, held or running for what is neither complete nor at work and is in SLURM's queue."""
+    queued = (
+        room("launchers.slurm_follow").states_in_queue(settings.runs_dir / "slurm") if slurm_was_used(settings) else {}
+    )
+    return {
+        this: state if state.complete or state.state == "running" or this not in queued else CellState(queued[this])
+        for this, state in found.items()
+    }
+
+
+def slurm_was_used(settings: Settings) -> bool:
+    """Return whether arrays were ever submitted from this runs folder."""
+    return (settings.runs_dir / "slurm").is_dir()
 
 
 def _group_by(settings: Settings, frozen: Plan) -> Sequence[str]:
@@ -242,7 +286,14 @@ def note_unread(settings: Settings) -> None:
 
 def cancel(settings: Settings) -> int:
     """Ask the grid's `run` to stop, as Ctrl-C does there; return 0."""
-    holder = experiment_of(settings).cancel()
+    experiment = experiment_of(settings)
+    if experiment.runner() is None and slurm_was_used(settings):
+        cells = experiment.plan().cells
+        n = room("launchers.slurm_follow").cancel(settings.runs_dir / "slurm", cells.keys())
+        note_unread(settings)
+        say(f"{settings.experiment}: {n} elements cancelled; cells at work save and end, `run` continues them")
+        return 0
+    holder = experiment.cancel()
     note_unread(settings)
     say(f"{settings.experiment}: asked {holder} to stop; cells save and end, `run` continues them")
     return 0

@@ -71,10 +71,13 @@ def with_threads(settings: Settings, cells: Collection[CellConfig]) -> Settings:
     runtime = settings.runtime()
     if runtime.threads is not None:
         return settings
+    config = launcher_config(settings)
     threads = 1
-    if cells and not trains_on_gpu(runtime.device):
+    if not isinstance(config, LocalConfig):
+        threads = config.cpus
+    elif cells and not trains_on_gpu(runtime.device):
         cores = len(os.sched_getaffinity(0))
-        processes = min(launcher_config(settings).processes or cores, len(cells))
+        processes = min(config.processes or cores, len(cells))
         threads = min(threads_for(cell, cores // processes) for cell in cells)
     return replace(settings, plain={**settings.plain, "runtime": {**settings.plain["runtime"], "threads": threads}})
 
@@ -179,12 +182,16 @@ def price(settings: Settings, launcher: Launcher) -> Callable[[CellConfig], Pric
         settings: runtime.cohort decides where it is set, else shape and memory.
         launcher: whose processes share the memory.
     """
-    runtime = settings.runtime()
-    gpus_gb = visible_gpus().values() if trains_on_gpu(runtime.device) else ()
-    device = "cuda" if gpus_gb else "cpu"
-    # of the machine a fifth is left to others; a GPU's processes share it
-    all_gb = min(gpus_gb) * len(gpus_gb) if gpus_gb else memory_of_machine_gb()
-    free_gb = 0.8 * all_gb / launcher.slots
+    runtime, config = settings.runtime(), launcher_config(settings)
+    if isinstance(config, LocalConfig):
+        gpus_gb = visible_gpus().values() if trains_on_gpu(runtime.device) else ()
+        device = "cuda" if gpus_gb else "cpu"
+        # of the machine a fifth is left to others; a GPU's processes share it
+        all_gb = min(gpus_gb) * len(gpus_gb) if gpus_gb else memory_of_machine_gb()
+        free_gb = 0.8 * all_gb / launcher.processes
+    else:  # what this machine has says nothing of the nodes
+        device = "cuda" if config.gpus_per_node and runtime.device != "cpu" else "cpu"
+        free_gb = 0.8 * ((config.gpu_memory_gb if device == "cuda" else config.mem_gb) or 0.0)
     # what the price depends on; thousands of cells share a few of these
     known: dict[Any, Price] = {}
 

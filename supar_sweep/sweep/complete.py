@@ -160,8 +160,10 @@ class _Run:
         self._show()
         while self.todo or self.under_way or self.elsewhere:
             self._obey(interrupts.count)
-            while self.todo and len(set(self.under_way.values())) < self.launcher.slots:
-                self._submit(take(self.todo, self.prices, self.launcher.slots, self.alone))
+            n_groups = len(set(self.under_way.values()))
+            while self.todo and n_groups < self.launcher.slots:
+                self._submit(take(self.todo, self.prices, self.launcher.processes, self.alone))
+                n_groups += 1
             if self.under_way:
                 events = self.launcher.events(POLL_S)
             else:

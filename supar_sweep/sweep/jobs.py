@@ -68,6 +68,10 @@ class Launcher(Protocol):
         """Return the word of conf/launcher that chose it."""
 
     @property
+    def processes(self) -> int:
+        """Return how many groups are trained at once."""
+
+    @property
     def slots(self) -> int:
         """Return how many calls of `submit` are worth having under way at once: the rest is better kept back, where
         it can be held.

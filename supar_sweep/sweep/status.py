@@ -2,8 +2,8 @@
 
 States: done, diverged (complete); running (a live process holds the cell); oom, timeout, failed,
 cancelled (how its last attempt ended); stale (its process died without a word); corrupt (a torn
-record: `run` moves it aside and trains again); pending (a live `run` will come to it); missing
-(never begun).
+record: `run` moves it aside and trains again); pending (a live `run` will come to it, or it is in a
+cluster's queue); held (so, and somebody holds it there); missing (never begun).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from supar_sweep.sweep.submission import Experiment, Plan
 
 STATES = (
     *COMPLETE_ENDS,
-    *("running", "pending", "missing"),
+    *("running", "pending", "held", "missing"),
     *("failed", "oom", "timeout", "cancelled", "stale", "corrupt"),
 )
 """Every state, in the order of a table's columns: data, under way, to be tried again."""

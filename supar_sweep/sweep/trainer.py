@@ -67,7 +67,7 @@ class CellTrainer:
     @property
     def slots(self) -> int:
         """How many cells are worth submitting at once."""
-        return self._launcher.slots
+        return self._launcher.processes
 
     def submit(self, cell: CellConfig) -> str:
         """Return the cell's id at once. `ends` tells its end, also where it is complete already.
@@ -119,7 +119,7 @@ class CellTrainer:
         """Hand over what was submitted since the last time."""
         new, self._new = self._new, []
         for group in split(
-            [price.shape for _, price in new], [price.together for _, price in new], self._launcher.slots
+            [price.shape for _, price in new], [price.together for _, price in new], self._launcher.processes
         ):
             self._launcher.submit([new[index][0] for index in group])
 
