@@ -106,3 +106,8 @@ def test_a_checkpoint_of_another_shape_is_refused(corpus: Corpus) -> None:
     del state["model"]["head.weight"]
     with pytest.raises(CheckpointError, match=r"step 5 is of another model"):
         run(corpus, resume=state)
+
+
+def test_a_kept_checkpoint_is_of_the_last_step(corpus: Corpus) -> None:
+    assert list(run(corpus, runtime={"keep_checkpoints": True})[1].saved) == [tiny_cell().train.steps]
+    assert list(run(corpus)[1].saved) == []

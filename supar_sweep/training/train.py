@@ -149,7 +149,7 @@ class Run:
         self._unread.append((step, loss, grad_norm, lr_factor))
         last = step == config.steps
         eval_due = last or (config.eval_every_steps is not None and step % config.eval_every_steps == 0)
-        save_due = self._save_due()
+        save_due = self._save_due() or (last and self.runtime.keep_checkpoints)
         diverged = (eval_due or save_due or len(self._unread) >= self._read_steps) and self._read()
         if eval_due and not diverged:
             diverged = self.member.observe_val(step, self.trainer.evaluate(self.corpus))
