@@ -65,14 +65,12 @@ def find_checkpoints(path: Path) -> list[Path]:
         raise ConfigError("checkpoint", "is of no cell", value=str(path), allowed=form)
     files = [path] if path.is_file() else sorted((cell_folder / "checkpoints").glob("step-*.pt"), reverse=True)
     if not files:
-        steps = plain.get("train", {}).get("steps", "N")
         again = "" if CellFolder(cell_folder).result() is None else "move its folder away and "
         raise ConfigError(
             "checkpoint",
             "has no checkpoint: they go when a cell's result is published",
             value=str(path),
-            allowed=f"a cell that kept its last one: {again}`run` it with runtime.keep_checkpoints=true "
-            f"runtime.checkpoint_every_steps={steps}",
+            allowed=f"a cell that kept its last one: {again}`run` it with runtime.keep_checkpoints=true",
         )
     return files
 
@@ -112,7 +110,7 @@ def read_trained(files: Sequence[Path]) -> Trained:
     elif state["step"] < cell.train.steps:
         warnings.append(
             f"the weights are those of step {state['step']} of {cell.train.steps}, not the run's last; "
-            f"runtime.checkpoint_every_steps={cell.train.steps} keeps these"
+            "runtime.keep_checkpoints=true keeps these"
         )
     return Trained(
         cell=cell,
