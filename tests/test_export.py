@@ -30,7 +30,7 @@ from tests.tiny import folder_of, result_of, tiny_job
 
 __all__ = ["here"]  # a fixture
 
-LAST_KEPT = {"keep_checkpoints": True}
+LAST_KEPT = {"checkpoint_every_steps": 6, "keep_checkpoints": True}
 FACTORS = {"hparams.alpha_in": 3.0, "hparams.alpha_out": 2.0}
 COMPLETEP = {"depth": "completep", "depth_alpha": 0.75, "base.n_layer": 1}
 
