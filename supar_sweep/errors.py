@@ -75,5 +75,9 @@ class RecordError(SuparError):
     """A record that cannot be read or written (torn file, full disk, read-only folder)."""
 
 
+class LostDeviceError(SuparError):
+    """A GPU that answers nothing any more to this process: no fault of the cells that were on it, but the end of all of them."""
+
+
 class BusyError(SuparError):
     """Another process is working on the same experiment or cell."""

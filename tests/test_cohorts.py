@@ -68,6 +68,14 @@ def test_who_must_be_alone_is() -> None:
     assert cut(cells, dict.fromkeys(cells, Price()), slots=1) == [[this] for this in cells]
 
 
+def test_the_neediest_says_how_many_a_group_may_be() -> None:
+    prices = dict.fromkeys("abcdefgh", EIGHT) | {"c": Price(together=2), "d": Price(together=1)}
+    groups = cut(list("abcdefgh"), prices, slots=1)
+    assert all(len(group) <= prices[this].together for group in groups for this in group)
+    assert sorted(this for group in groups for this in group) == list("abcdefgh")
+    assert [len(each) for each in split(["x"] * 4, [8, 8, 2, 8], slots=1)] == [2, 2]
+
+
 def test_a_batch_is_split_evenly_by_shape() -> None:
     assert split(["x"] * 8, [8] * 8, slots=2) == [[0, 2, 4, 6], [1, 3, 5, 7]]
     assert split(["x"] * 3, [8] * 3, slots=4) == [[0], [1], [2]]
@@ -114,8 +122,9 @@ def test_what_dies_in_company_is_tried_again_alone(runs_dir: Path) -> None:
 
 
 def test_what_finds_no_room_in_company_is_tried_again_alone(runs_dir: Path) -> None:
-    plan, told = seeds(0, 1, fake_cells.CROWDED, 2, 3, 4, 5, 6), Told()
-    summary = run(runs_dir, plan, told, processes=1, price=lambda cell: Price(together=4))
+    crowded = range(fake_cells.CROWDED, fake_cells.CROWDED + 6)
+    plan, told = seeds(*crowded, 0, 1, 2, 3, 4, 5, 6), Told()
+    summary = run(runs_dir, plan, told, processes=1, price=lambda cell: Price(together=6), alike=2)
     assert summary.complete
     assert any("no room for all of us; again, alone" in text for text in told.messages)
 
@@ -143,6 +152,23 @@ def test_the_trainer_hands_over_a_batch_in_groups(runs_dir: Path) -> None:
         while ended != wanted:
             ended |= {end.cell_id for end in trainer.ends(30)}
     assert groups == [3, 3]
+
+
+def test_a_trial_that_finds_no_room_in_company_is_tried_again_alone(runs_dir: Path) -> None:
+    with pool(runs_dir, processes=1) as launcher:
+        trainer = CellTrainer(
+            experiment(runs_dir).store,
+            launcher,
+            tiny_runtime(),
+            fingerprint="data",
+            provenance={},
+            price=lambda cell: EIGHT,
+        )
+        wanted = {trainer.submit(tiny_cell(seed=fake_cells.CROWDED + n)) for n in range(3)}
+        ends: dict[str, str] = {}
+        while set(ends) != wanted:
+            ends |= {end.cell_id: end.end for end in trainer.ends(30)}
+    assert set(ends.values()) == {"done"}
 
 
 def test_cells_of_one_process_are_published_one_by_one(tmp_path: Path) -> None:

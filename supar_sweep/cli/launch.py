@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ def with_threads(settings: Settings, cells: Collection[CellConfig]) -> Settings:
     elif cells and not trains_on_gpu(runtime.device):
         cores = len(os.sched_getaffinity(0))
         processes = min(config.processes or cores, len(cells))
-        threads = min(threads_for(cell, cores // processes) for cell in cells)
+        with suppress(ConfigError):  # of a cell that cannot be: its own failure comes later
+            threads = min(threads_for(cell, cores // processes) for cell in cells)
     return replace(settings, plain={**settings.plain, "runtime": {**settings.plain["runtime"], "threads": threads}})
 
 
@@ -89,7 +91,8 @@ def trains_on_gpu(device: str, driver: Path = Path("/dev/nvidiactl")) -> bool:
         device: runtime.device.
         driver: a file that is there where NVIDIA's driver is.
     """
-    return device == "cuda" or (device == "auto" and driver.exists())
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    return device == "cuda" or (device == "auto" and driver.exists() and not hidden)
 
 
 def launcher_config(settings: Settings) -> Any:
@@ -198,19 +201,25 @@ def price(settings: Settings, launcher: Launcher) -> Callable[[CellConfig], Pric
     def of(cell: CellConfig) -> Price:
         key = (*shape_key(cell), cell.data)
         if key not in known:
-            known[key] = Price(
-                cost=relative_cost(cell, compact=runtime.compute != "dense" and not runtime.compile),
-                # what training.cohort.stack_key asks for, as far as the settings know it
-                shape=(
-                    cell.model,
-                    cell.data,
-                    cell.train.batch_seqs,
-                    cell.train.accumulation_steps,
-                    cell.train.precision,
-                ),
-                together=together(cell),
-            )
+            known[key] = Price()
+            with suppress(ConfigError):  # a layer without a live weight: the cell's own failure, not the grid's
+                known[key] = priced(cell)
         return known[key]
+
+    def priced(cell: CellConfig) -> Price:
+        return Price(
+            cost=relative_cost(cell, compact=runtime.compute != "dense" and not runtime.compile),
+            # what training.cohort.stack_key asks for, as far as the settings know it
+            shape=(
+                cell.model,
+                cell.data,
+                cell.train.batch_seqs,
+                cell.train.accumulation_steps,
+                cell.train.precision,
+                cell.train.target,
+            ),
+            together=together(cell),
+        )
 
     def together(cell: CellConfig) -> int:
         if cell.train.target is not None or runtime.compile:

@@ -48,6 +48,10 @@ def take(todo: deque[str], prices: Mapping[str, Price], slots: int, alone: Conta
         if len(group) == size:
             break
         if this != first and prices[this].shape == price.shape and this not in alone:
+            # the neediest of a group says how many it may be
+            if len(group) >= prices[this].together:
+                continue
+            size = min(size, prices[this].together)
             group.append(this)
     chosen = set(group)
     left = [this for this in todo if this not in chosen]
@@ -69,6 +73,7 @@ def split(shapes: Sequence[Hashable], together: Sequence[int], slots: int) -> li
         of_shape.setdefault(shape, []).append(index)
     groups = []
     for members in of_shape.values():
-        n_groups = min(len(members), max(slots, math.ceil(len(members) / together[members[0]])))
+        most = min(together[index] for index in members)
+        n_groups = min(len(members), max(slots, math.ceil(len(members) / most)))
         groups += [members[start::n_groups] for start in range(n_groups)]
     return groups

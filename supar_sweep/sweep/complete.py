@@ -122,10 +122,10 @@ def complete(
 
 @dataclass(eq=False)
 class _Group:
-    """Cells that were given to one process: how many, and whether it has died."""
+    """Cells that were given to one process: how many, and which ends of the process itself were judged."""
 
     n: int
-    died: bool = False
+    judged: set[str] = field(default_factory=set)
 
 
 @dataclass
@@ -258,17 +258,20 @@ class _Run:
         if self.interrupts:
             self.states[this] = CellState(event.end, event.message)
             return
-        known = group.died  # what one death did to a whole group is one failure
-        group.died |= event.died
+        if event.end == "oom" and group.n > 1:  # no failure yet
+            self._again(event, "again, alone")
+            return
         if event.lost and self.deaths[this] < self.retries:
             self.deaths[this] += 1
             self._again(event, f"try {self.deaths[this] + 1} of {self.retries + 1}")
-        elif event.end == "oom" and group.n > 1:
-            self._again(event, "again, alone")
         else:
             self._fail(event)
-        if not known:
+        # what one end of a process did to its whole group is one failure
+        of_process = event.died or event.end in ("cancelled", "timeout", "oom")
+        if not of_process or event.end not in group.judged:
             self._judge(event)
+        if of_process:
+            group.judged.add(event.end)
 
     def _again(self, event: Event, how: str) -> None:
         """Try a cell once more, by itself: what ended it may have been another's doing, or the company's."""

@@ -59,6 +59,7 @@ class CellTrainer:
         self._fingerprint, self._provenance = fingerprint, provenance
         self._price, self._retries = price, retries
         self._new: list[tuple[Job, Price]] = []
+        self._in_company: set[str] = set()
         self._jobs: dict[str, Job] = {}
         self._elsewhere: set[str] = set()
         self._deaths: Counter[str] = Counter()
@@ -121,12 +122,18 @@ class CellTrainer:
         for group in split(
             [price.shape for _, price in new], [price.together for _, price in new], self._launcher.processes
         ):
+            if len(group) > 1:
+                self._in_company |= {new[index][0]["cell_id"] for index in group}
             self._launcher.submit([new[index][0] for index in group])
 
     def _take(self, event: Event) -> None:
         if event.end == "busy":
             self._elsewhere.add(event.cell_id)
+        elif event.end == "oom" and event.cell_id in self._in_company:
+            self._in_company.discard(event.cell_id)  # alone there may be room
+            self._launcher.submit([self._jobs[event.cell_id]])
         elif event.lost and self._deaths[event.cell_id] < self._retries:
+            self._in_company.discard(event.cell_id)
             self._deaths[event.cell_id] += 1
             self._launcher.submit([self._jobs[event.cell_id]])
         else:

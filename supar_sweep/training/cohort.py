@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from supar_sweep.errors import LostDeviceError
 from supar_sweep.training import stack
 from supar_sweep.training.environment import is_out_of_memory
 from supar_sweep.training.member import Outcome, Stop
@@ -26,6 +27,21 @@ TRIALS = 3
 
 _fastest: dict[Hashable, tuple[int, int]] = {}
 """Shape -> (largest size tried, fastest size): later cohorts of the process start from it."""
+
+
+def is_lost(device: torch.device) -> bool:
+    """Return whether a GPU's context is broken, so that everything on it fails from now on. Waits for what was queued.
+
+    Args:
+        device: of the runs.
+    """
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except Exception as error:
+        return not is_out_of_memory(error)
+    return False
 
 
 def stack_key(trainer: Trainer) -> Hashable:
@@ -77,13 +93,11 @@ class Cohort:
             self._alone(runs[0])
         elif not self._stacked(runs):
             return
-        if runs[0].trainer.device.type == "cuda" and self._sizes:
-            torch.cuda.synchronize()
         took_s = (time.perf_counter() - begun_s) / len(runs)
         for run in runs:
             run.train_s += took_s
             self._passes[id(run)] += 1
-        self._learn(len(runs), took_s)
+        self._learn(len(runs), took_s - sum(run.aside_s for run in runs) / len(runs))
 
     def stop(self, reason: Stop) -> None:
         """Have every run save and come out as stopped.
@@ -122,8 +136,10 @@ class Cohort:
             losses_K = losses_K if parts == 1 else losses_K / parts
             losses_K.sum().backward()  # type: ignore[no-untyped-call]
             found.append(losses_K.detach())
-        total_K = found[0] if parts == 1 else torch.stack(found).sum(0)
-        return list(total_K.unbind(0))
+        if parts == 1:
+            return list(found[0].unbind(0))
+        # in the order of a run alone
+        return [torch.stack(losses).sum() for losses in zip(*(losses_K.unbind(0) for losses_K in found), strict=True)]
 
     def _alone(self, run: Run) -> None:
         try:
@@ -138,7 +154,13 @@ class Cohort:
         """Step several runs in one pass; return false where that failed, so that nothing has changed but the size to try."""
         try:
             run_losses = self.backward(runs)
+            if self._sizes and runs[0].trainer.device.type == "cuda":
+                torch.cuda.synchronize()  # what is timed must have happened
         except Exception as error:  # whose it is will show in smaller stacks, at the latest alone
+            if is_lost(runs[0].trainer.device):
+                for run in list(self.live):
+                    self._leave(run, LostDeviceError(f"the GPU was lost to this process ({error})"))
+                return False
             for run in runs:
                 run.trainer.optimizer.zero_grad(set_to_none=True)
             self._shrink(len(runs) // 2 if is_out_of_memory(error) else 1, error)
@@ -156,7 +178,8 @@ class Cohort:
     def _leave(self, run: Run, error: Exception | None = None) -> None:
         self.live.remove(run)
         self._ended.append((run, error))
-        run.trainer.optimizer.zero_grad(set_to_none=True)
+        if not isinstance(error, LostDeviceError):
+            run.trainer.optimizer.zero_grad(set_to_none=True)
         self._sizes = [size for size in self._sizes if size <= len(self.live)]
 
     def _shrink(self, limit: int, error: Exception) -> None:

@@ -154,7 +154,9 @@ def most_together(cell: CellConfig, *, device: str, free_gb: float) -> int:
     """
     if flops_per_step(cell, dense_compute=True) > WORTH_STACKING_FLOPS[device]:
         return 1
-    return max(1, int(min(MOST_TOGETHER[device], free_gb / memory_gb(cell))))
+    # on a GPU weights are stacked too. ASSUMPTION: half as much again
+    each_gb = memory_gb(cell) * (1.5 if device == "cuda" else 1.0)
+    return max(1, int(min(MOST_TOGETHER[device], free_gb / each_gb)))
 
 
 def threads_for(cell: CellConfig, free_cores: int) -> int:

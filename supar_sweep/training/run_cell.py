@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from supar_sweep.config.decode import decode, encode
 from supar_sweep.config.schema import CellConfig, DataConfig, RuntimeConfig
-from supar_sweep.errors import BusyError, ConfigError, DataError, RecordError, SuparError
+from supar_sweep.errors import BusyError, ConfigError, DataError, LostDeviceError, RecordError, SuparError
 from supar_sweep.sweep.records import Attempt, CellFolder, End, finite
 from supar_sweep.training.checkpoint import Checkpoints
 from supar_sweep.training.corpus import Corpus, load_corpus
@@ -214,7 +214,9 @@ class _Try:
     def fail(self, error: Exception | SystemExit) -> None:
         """End the cell with an error."""
         trace = "".join(traceback.format_exception(error))
-        if isinstance(error, SuparError):  # its text says it all; the traceback is for a report
+        if isinstance(error, LostDeviceError):  # another cell's doing: as good as a process that was killed
+            self._end("cancelled", str(error).partition("\n")[0], trace)
+        elif isinstance(error, SuparError):  # its text says it all; the traceback is for a report
             self._end("failed", str(error), trace)
         elif isinstance(error, MemoryError):
             self._end("oom", f"out of memory {error}".strip(), trace)
@@ -238,7 +240,7 @@ class _Try:
 
     def _close(self, end: End | Literal["unrecorded"], message: str) -> None:
         self.attempt.close()
-        self._open = False
+        self._open, self.resume = False, None
         self._tell(self.job, end, message)
 
     def _result(self, outcome: Outcome) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from functools import lru_cache
 from itertools import groupby
 from typing import Any, cast
 
@@ -140,8 +141,15 @@ def _scaled(x_KND: Tensor, factors: Sequence[float]) -> Tensor:
         return x_KND
     if len(set(factors)) == 1:
         return x_KND * factors[0]
-    # rounded to the type of x first, as torch does with a plain number
-    return x_KND * torch.tensor(factors, dtype=x_KND.dtype, device=x_KND.device).view(-1, 1, 1)
+    # a plain number is not rounded to bfloat16 by torch, so neither are these
+    column_K11 = _column(tuple(factors), torch.promote_types(x_KND.dtype, torch.float32), x_KND.device)
+    return (x_KND * column_K11).to(x_KND.dtype)
+
+
+@lru_cache(maxsize=64)
+def _column(factors: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the factors as [K, 1, 1]; kept, because making them on a GPU waits for it."""
+    return torch.tensor(factors, dtype=dtype, device=device).view(-1, 1, 1)
 
 
 def _runs(values: Sequence[float]) -> Iterator[tuple[int, int, float]]:

@@ -127,6 +127,7 @@ class Run:
             self.member.load(resume["member"])
         self.step = self._saved_step = int(resume["step"]) if resume else 0
         self.train_s = float(resume["train_s"]) if resume else 0.0
+        self.aside_s = 0.0  # of its last step: evaluation and checkpoint
         self.outcome: Outcome | None = None
         self._saved_s = time.monotonic()
         self._unread: list[tuple[int, Tensor, Tensor, float]] = []
@@ -145,16 +146,19 @@ class Run:
             lr_factor: of the schedule, in [0, 1].
         """
         self.step += 1
+        self.aside_s = 0.0
         config, step = self.config, self.step
         self._unread.append((step, loss, grad_norm, lr_factor))
         last = step == config.steps
         eval_due = last or (config.eval_every_steps is not None and step % config.eval_every_steps == 0)
         save_due = self._save_due() or (last and self.runtime.keep_checkpoints)
         diverged = (eval_due or save_due or len(self._unread) >= self._read_steps) and self._read()
+        begun_s = time.perf_counter()
         if eval_due and not diverged:
             diverged = self.member.observe_val(step, self.trainer.evaluate(self.corpus))
         if save_due and not diverged:
             self._save()
+        self.aside_s = time.perf_counter() - begun_s
         if last or diverged:
             self._end("done")
 

@@ -147,7 +147,8 @@ def main(arguments: list[str]) -> int:
         ends = work(
             jobs, run, inbox.stopping.is_set, lambda this, end, message: say(cell_id=this, end=end, message=message)
         )
-        leaving = not ends.isdisjoint(("failed", "oom")) and holds_gpu()
+        unfinished = not ends.isdisjoint(("failed", "oom", "cancelled"))
+        leaving = inbox.stopping.is_set() or (unfinished and holds_gpu())
         say(leaving=leaving)
         if leaving:
             return 0
