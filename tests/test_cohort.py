@@ -145,8 +145,9 @@ def test_in_float32_too(corpus: Corpus, stacks: list[int], variant: str, route: 
     assert max(stacks) == len(MEMBERS)
 
 
-def test_on_one_thread_the_bits_are_the_same(corpus: Corpus) -> None:
-    assert_as_alone(corpus, cells())
+@pytest.mark.parametrize("shared", [{}, {"train.batch_seqs": 8, "train.accumulation_steps": 8}])
+def test_on_one_thread_the_bits_are_the_same(corpus: Corpus, shared: dict[str, Any]) -> None:
+    assert_as_alone(corpus, cells(shared))
 
 
 @pytest.mark.parametrize("shared", [{}, {"train.accumulation_steps": 2}], ids=["one batch", "accumulation"])
