@@ -44,7 +44,7 @@ def plan() -> Plan:
 
 def coordinate(runs: Path) -> Summary:
     """What a `run` does, in a process that will be killed."""
-    with SlurmLauncher(config(mem_gb=0.6, grace_s=3.0), threads=1, folder=runs / "slurm") as launcher:
+    with SlurmLauncher(config(mem_gb=0.9, grace_s=3.0), threads=1, folder=runs / "slurm") as launcher:
         return train(runs, launcher)
 
 
