@@ -16,9 +16,9 @@ from typing import Protocol
 from supar_sweep.errors import RecordError
 from supar_sweep.sweep.cohorts import Price, take
 from supar_sweep.sweep.interrupt import Interrupts
-from supar_sweep.sweep.jobs import POLL_S, RETRIES, Event, Launcher, plain_job
+from supar_sweep.sweep.jobs import POLL_S, RETRIES, Event, Launcher, planned_job
 from supar_sweep.sweep.records import COMPLETE_ENDS
-from supar_sweep.sweep.status import CellState, cell_state, folders
+from supar_sweep.sweep.status import CellState, cell_state, folders, set_aside_torn
 from supar_sweep.sweep.submission import Experiment, Plan, PlannedCell
 
 
@@ -202,10 +202,8 @@ class _Run:
         """Move a torn result aside; where that is impossible the cell has failed, and the others go
         on.
         """
-        folder = self.folders[this]
         try:
-            if (folder.path / "result.json").exists():
-                folder.set_aside_result()
+            set_aside_torn(self.folders[this], self.states[this])
             return True
         except RecordError as error:
             self._fail(Event(this, "failed", str(error)))
@@ -227,19 +225,7 @@ class _Run:
     def _submit(self, cells: list[str]) -> None:
         group = _Group(len(cells))
         self.under_way |= dict.fromkeys(cells, group)
-        self.launcher.submit(
-            [
-                plain_job(
-                    self.experiment.store,
-                    self.folders[this],
-                    self.plan.cells[this].cell,
-                    self.plan.runtime,
-                    self.plan.cells[this].fingerprint,
-                    self.plan.provenance,
-                )
-                for this in cells
-            ]
-        )
+        self.launcher.submit([planned_job(self.experiment.store, self.folders[this], self.plan) for this in cells])
 
     def _take(self, event: Event) -> None:
         """Note how a cell ended, and what follows from it."""
@@ -267,7 +253,7 @@ class _Run:
         else:
             self._fail(event)
         # what one end of a process did to its whole group is one failure
-        of_process = event.died or event.end in ("cancelled", "timeout", "oom")
+        of_process = event.died or event.end in ("cancelled", "timeout")
         if not of_process or event.end not in group.judged:
             self._judge(event)
         if of_process:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 from supar_sweep.sweep.cohorts import Price, take
-from supar_sweep.sweep.jobs import Launcher, plain_job
-from supar_sweep.sweep.status import cell_state, folders
+from supar_sweep.sweep.jobs import Launcher, planned_job
+from supar_sweep.sweep.status import cell_state, folders, set_aside_torn
 from supar_sweep.sweep.submission import Experiment, Plan, PlannedCell
 
 
@@ -74,23 +74,12 @@ def hand_over(
         prices = {this: price(cell) for this, cell in plan.cells.items()}
         left = [this for this in states if this not in there | complete]
         for this in left:  # a torn result is moved out of the way of a new one
-            if states[this].state == "corrupt" and (cells[this].path / "result.json").exists():
-                cells[this].set_aside_result()
+            set_aside_torn(cells[this], states[this])
         todo = deque(sorted(left, key=lambda this: -prices[this].cost))
         n_groups = len(there)
         while todo and n_groups < launcher.slots:
             launcher.submit(
-                [
-                    plain_job(
-                        experiment.store,
-                        cells[this],
-                        plan.cells[this].cell,
-                        plan.runtime,
-                        plan.cells[this].fingerprint,
-                        plan.provenance,
-                    )
-                    for this in take(todo, prices, launcher.processes)
-                ]
+                [planned_job(experiment.store, cells[this], plan) for this in take(todo, prices, launcher.processes)]
             )
             n_groups += 1
         held = launcher.flush() | {*todo}

@@ -15,6 +15,7 @@ from supar_sweep.config.decode import encode
 from supar_sweep.config.schema import CellConfig, RuntimeConfig
 from supar_sweep.sweep.identity import cell_id, label
 from supar_sweep.sweep.records import CellFolder, Store
+from supar_sweep.sweep.submission import Plan
 
 RETRIES = 2
 """A cell whose process was lost is tried again so often within one call."""
@@ -128,10 +129,22 @@ def make_job(
     """
     this = cell_id(cell, fingerprint)
     folder = store.folder(this, label(cell))
-    return plain_job(store, folder, encode(cell), encode(runtime), fingerprint, provenance)
+    return _job(store, folder, encode(cell), encode(runtime), fingerprint, provenance)
 
 
-def plain_job(
+def planned_job(store: Store, folder: CellFolder, plan: Plan) -> dict[str, Any]:
+    """Return the job of a cell of a frozen plan.
+
+    Args:
+        store: where its record goes.
+        folder: the cell's, in the store.
+        plan: has the cell.
+    """
+    cell = plan.cells[folder.cell_id]
+    return _job(store, folder, cell.cell, plan.runtime, cell.fingerprint, plan.provenance)
+
+
+def _job(
     store: Store,
     folder: CellFolder,
     cell: Mapping[str, Any],
@@ -139,9 +152,6 @@ def plain_job(
     fingerprint: str,
     provenance: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return the job of a cell that is plain already, as a frozen plan holds it. Arguments as for
-    `make_job`.
-    """
     return {
         "store": str(store.root.absolute()),
         "folder": str(folder.path.relative_to(store.root)),

@@ -81,6 +81,20 @@ def _complete(result: Mapping[str, Any]) -> CellState:
     return CellState(result["end"], attempts=int(result.get("attempt", 1)))
 
 
+def set_aside_torn(folder: CellFolder, state: CellState) -> None:
+    """Move a torn result out of the way of a new one; nothing where there is none.
+
+    Args:
+        folder: the cell's folder.
+        state: where the cell stands.
+
+    Raises:
+        RecordError: that is impossible.
+    """
+    if state.state == "corrupt" and (folder.path / "result.json").exists():
+        folder.set_aside_result()
+
+
 def states(experiment: Experiment, plan: Plan) -> dict[str, CellState]:
     """Return where each cell of the plan stands, by id.
 

@@ -14,7 +14,7 @@ from supar_sweep.config.schema import CellConfig, RuntimeConfig
 from supar_sweep.sweep.cohorts import Price, split
 from supar_sweep.sweep.jobs import POLL_S, RETRIES, Event, Job, Launcher, folder_of, make_job
 from supar_sweep.sweep.records import COMPLETE_ENDS, Store
-from supar_sweep.sweep.status import cell_state
+from supar_sweep.sweep.status import cell_state, set_aside_torn
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,7 @@ class CellTrainer:
             folder_of(job).sweep()
             self._tell(job, state.state, "")
             return this
-        if state.state == "corrupt" and (folder_of(job).path / "result.json").exists():
-            folder_of(job).set_aside_result()
+        set_aside_torn(folder_of(job), state)
         self._jobs[this] = job
         self._new.append((job, self._price(cell)))
         return this
