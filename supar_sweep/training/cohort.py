@@ -66,7 +66,7 @@ class Cohort:
     def __init__(self, runs: Sequence[Run]) -> None:
         self.live = [run for run in runs if run.outcome is None]
         self._ended: list[tuple[Run, Exception | None]] = [(run, None) for run in runs if run.outcome is not None]
-        self._key = stack_key(runs[0].trainer)
+        self._key, self._device = stack_key(runs[0].trainer), runs[0].trainer.device
         self._passes = dict.fromkeys(map(id, self.live), 0)
         self._times_s: dict[int, list[float]] = {}
         self._limit = len(self.live)
@@ -92,6 +92,9 @@ class Cohort:
         if len(runs) == 1:
             self._alone(runs[0])
         elif not self._stacked(runs):
+            return
+        if self._sizes and is_lost(self._device):  # what is timed must have happened
+            self._abandon("its error came late")
             return
         took_s = (time.perf_counter() - begun_s) / len(runs)
         for run in runs:
@@ -154,12 +157,9 @@ class Cohort:
         """Step several runs in one pass; return false where that failed, so that nothing has changed but the size to try."""
         try:
             run_losses = self.backward(runs)
-            if self._sizes and runs[0].trainer.device.type == "cuda":
-                torch.cuda.synchronize()  # what is timed must have happened
         except Exception as error:  # whose it is will show in smaller stacks, at the latest alone
-            if is_lost(runs[0].trainer.device):
-                for run in list(self.live):
-                    self._leave(run, LostDeviceError(f"the GPU was lost to this process ({error})"))
+            if is_lost(self._device):
+                self._abandon(error)
                 return False
             for run in runs:
                 run.trainer.optimizer.zero_grad(set_to_none=True)
@@ -181,6 +181,11 @@ class Cohort:
         if not isinstance(error, LostDeviceError):
             run.trainer.optimizer.zero_grad(set_to_none=True)
         self._sizes = [size for size in self._sizes if size <= len(self.live)]
+
+    def _abandon(self, reason: object) -> None:
+        """End every run: the GPU answers nothing any more."""
+        for run in list(self.live):
+            self._leave(run, LostDeviceError(f"the GPU was lost to this process ({reason})"))
 
     def _shrink(self, limit: int, error: Exception) -> None:
         """Go on in smaller stacks."""
