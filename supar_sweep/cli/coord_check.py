@@ -164,7 +164,7 @@ def _records(settings: Settings, config: CheckConfig) -> list[dict[str, Any]]:
                 from supar_sweep.training.probes import cell_coordinates
 
                 if corpus is None:
-                    prepare_process(settings.runtime().threads or 1)
+                    prepare_process(settings.runtime().n_threads)
                     corpus = load_corpus(data)
                 record = {"rows": cell_coordinates(cell, corpus, settings.runtime().device)}
                 write_json(path, record)

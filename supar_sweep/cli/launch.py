@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +49,13 @@ def make_launcher(settings: Settings) -> Launcher:
     made: Launcher
     if not isinstance(config, LocalConfig):
         made = room("launchers.slurm").SlurmLauncher(
-            config, threads=runtime.threads or 1, folder=settings.runs_dir / "slurm"
+            config, threads=runtime.n_threads, folder=settings.runs_dir / "slurm"
         )
         return made
-    gpus = visible_gpus() if trains_on_gpu(runtime.device) else {}
+    gpus = gpus_for(runtime.device)
     made = room("launchers.local").LocalLauncher(
         processes=config.processes or len(gpus) or (1 if trains_on_gpu(runtime.device) else None),
-        threads=runtime.threads or 1,
+        threads=runtime.n_threads,
         gpus=list(gpus),
         grace_s=config.grace_s,
         log_folder=settings.runs_dir / "logs",
@@ -93,6 +94,16 @@ def trains_on_gpu(device: str, driver: Path = Path("/dev/nvidiactl")) -> bool:
     """
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
     return device == "cuda" or (device == "auto" and driver.exists() and not hidden)
+
+
+@cache
+def gpus_for(device: str) -> dict[str, float]:
+    """Return the GPUs that workers will train on, as `visible_gpus` does; {} where they train on the CPU, or none is told.
+
+    Args:
+        device: runtime.device.
+    """
+    return visible_gpus() if trains_on_gpu(device) else {}
 
 
 def launcher_config(settings: Settings) -> Any:
@@ -187,7 +198,7 @@ def price(settings: Settings, launcher: Launcher) -> Callable[[CellConfig], Pric
     """
     runtime, config = settings.runtime(), launcher_config(settings)
     if isinstance(config, LocalConfig):
-        gpus_gb = visible_gpus().values() if trains_on_gpu(runtime.device) else ()
+        gpus_gb = gpus_for(runtime.device).values()
         device = "cuda" if gpus_gb else "cpu"
         # of the machine a fifth is left to others; a GPU's processes share it
         all_gb = min(gpus_gb) * len(gpus_gb) if gpus_gb else memory_of_machine_gb()

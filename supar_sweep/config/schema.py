@@ -276,6 +276,11 @@ class RuntimeConfig:
                 allowed="1 or null",
             )
 
+    @property
+    def n_threads(self) -> int:
+        """The torch threads of a process: one where nobody chose."""
+        return self.threads or 1
+
 
 def check_compute(cell: CellConfig, runtime: RuntimeConfig) -> None:
     """Raise ConfigError where compact layers are asked for and the masks change in training.

@@ -53,7 +53,7 @@ class Trainer:
     ) -> None:
         self.cell, self.device = cell, device
         self.warnings: list[str] = []
-        self.threads = int(resume["threads"]) if resume else runtime.threads or 1
+        self.threads = int(resume["threads"]) if resume else runtime.n_threads
         torch.set_num_threads(self.threads)
         # nothing of ours draws from it, but a module of the user's may
         torch.manual_seed(cell.seed)
