@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from launchers.local import LocalLauncher
 from supar_sweep.sweep.cohorts import SHARES, Price, split, take
 from supar_sweep.sweep.complete import complete
 from supar_sweep.sweep.status import folders
@@ -92,16 +93,28 @@ def attempts_of(runs: Path, plan: Any) -> dict[int, list[dict[str, Any]]]:
     return found
 
 
+def group_sizes(launcher: LocalLauncher) -> list[int]:
+    """The sizes of the groups that the launcher is given from now on; grows."""
+    sizes: list[int] = []
+    submit = launcher.submit
+
+    def counted(jobs: Any) -> None:
+        sizes.append(len(jobs))
+        submit(jobs)
+
+    launcher.submit = counted  # type: ignore[method-assign]
+    return sizes
+
+
+def trainer_of(runs: Path, launcher: LocalLauncher) -> CellTrainer:
+    """A trainer that may put eight cells together."""
+    store = experiment(runs).store
+    return CellTrainer(store, launcher, tiny_runtime(), fingerprint="data", provenance={}, price=lambda cell: EIGHT)
+
+
 def test_a_grid_is_trained_in_groups(runs_dir: Path) -> None:
-    submitted: list[int] = []
     with pool(runs_dir, processes=1) as launcher:
-        submit = launcher.submit
-
-        def counted(jobs: Any) -> None:
-            submitted.append(len(jobs))
-            submit(jobs)
-
-        launcher.submit = counted  # type: ignore[method-assign]
+        submitted = group_sizes(launcher)
         summary = complete(experiment(runs_dir), seeds(*range(10)), launcher, price=lambda cell: Price(together=4))
     assert summary.complete
     assert submitted[0] == 4
@@ -130,23 +143,9 @@ def test_what_finds_no_room_in_company_is_tried_again_alone(runs_dir: Path) -> N
 
 
 def test_the_trainer_hands_over_a_batch_in_groups(runs_dir: Path) -> None:
-    groups: list[int] = []
     with pool(runs_dir, processes=2) as launcher:
-        submit = launcher.submit
-
-        def counted(jobs: Any) -> None:
-            groups.append(len(jobs))
-            submit(jobs)
-
-        launcher.submit = counted  # type: ignore[method-assign]
-        trainer = CellTrainer(
-            experiment(runs_dir).store,
-            launcher,
-            tiny_runtime(),
-            fingerprint="data",
-            provenance={},
-            price=lambda cell: EIGHT,
-        )
+        groups = group_sizes(launcher)
+        trainer = trainer_of(runs_dir, launcher)
         wanted = {trainer.submit(tiny_cell(seed=seed)) for seed in range(6)}
         ended: set[str] = set()
         while ended != wanted:
@@ -156,14 +155,7 @@ def test_the_trainer_hands_over_a_batch_in_groups(runs_dir: Path) -> None:
 
 def test_a_trial_that_finds_no_room_in_company_is_tried_again_alone(runs_dir: Path) -> None:
     with pool(runs_dir, processes=1) as launcher:
-        trainer = CellTrainer(
-            experiment(runs_dir).store,
-            launcher,
-            tiny_runtime(),
-            fingerprint="data",
-            provenance={},
-            price=lambda cell: EIGHT,
-        )
+        trainer = trainer_of(runs_dir, launcher)
         wanted = {trainer.submit(tiny_cell(seed=fake_cells.CROWDED + n)) for n in range(3)}
         ends: dict[str, str] = {}
         while set(ends) != wanted:
