@@ -30,16 +30,6 @@ class Bar:
     at_most: bool = False
 
 
-def one(key: str, **where: Any) -> Callable[[Rows], float | None]:
-    """Return what finds the number `key` of the one row with these values."""
-
-    def value(rows: Rows) -> float | None:
-        found = [float(row[key]) for row in rows if all(row[name] == wanted for name, wanted in where.items())]
-        return found[0] if found else None
-
-    return value
-
-
 def least(key: str, **where: Any) -> Callable[[Rows], float | None]:
     """Return what finds the smallest number `key` of the rows with these values."""
 
@@ -52,15 +42,15 @@ def least(key: str, **where: Any) -> Callable[[Rows], float | None]:
 
 BARS = (
     Bar("a", "dense, 1 thread, every width and density: step time", least("dense_x", threads=1), 1.8),
-    Bar("a", "auto, 1 thread, width 1024 at 1/16: step time", one("auto_x", threads=1, width=1024, one_in=16), 3.5),
-    Bar("a", "auto, 1 thread, width 2048 at 1/64: step time", one("auto_x", threads=1, width=2048, one_in=64), 8),
-    Bar("a", "auto, width 2048 at 1/64: sparse layers' state", one("state_x", threads=1, width=2048, one_in=64), 20),
-    Bar("b", "whole grid, width 256: wall time", one("x", width=256), 3.5, aim=5),
-    Bar("b", "whole grid, width 64: wall time", one("x", width=64), 6, aim=10),
+    Bar("a", "auto, 1 thread, width 1024 at 1/16: step time", least("auto_x", threads=1, width=1024, one_in=16), 3.5),
+    Bar("a", "auto, 1 thread, width 2048 at 1/64: step time", least("auto_x", threads=1, width=2048, one_in=64), 8),
+    Bar("a", "auto, width 2048 at 1/64: sparse layers' state", least("state_x", threads=1, width=2048, one_in=64), 20),
+    Bar("b", "whole grid, width 256: wall time", least("x", width=256), 3.5, aim=5),
+    Bar("b", "whole grid, width 64: wall time", least("x", width=64), 6, aim=10),
     Bar(
         "d",
         "sparse layers' state, width 4096 at 1/256 over width 256 dense",
-        one("state_x", width=4096, one_in=256),
+        least("state_x", width=4096, one_in=256),
         1.5,
         at_most=True,
     ),

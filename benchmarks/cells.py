@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.reference import Point
-from supar_sweep.cli.compose import hydra_words, register_resolvers
-from supar_sweep.cli.rooms import conf_dir
+from supar_sweep.cli.compose import compose, hydra_words
 from supar_sweep.cli.settings import Settings
 from supar_sweep.config.schema import CellConfig
 from supar_sweep.training.corpus import load_corpus
@@ -25,12 +24,8 @@ SHAPE = (
 
 def settings(words: Sequence[str]) -> Settings:
     """Return the settings of `supar-sweep run <words>`."""
-    from hydra import compose, initialize_config_dir
-
-    register_resolvers()
     overrides = [word for word in hydra_words("run", "benchmark", words) if not word.startswith("hydra")]
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return Settings.read("run", compose("run", overrides), tuple(words))
+    return Settings.read("run", compose("run", overrides), tuple(words))
 
 
 def reference_point(cell: CellConfig, *, data: str = "", device: str = "cpu", route: str = "torch") -> Point:

@@ -16,7 +16,7 @@ from supar_sweep.config.schema import CellConfig, RuntimeConfig
 from supar_sweep.sparse.linear import choose_route
 from supar_sweep.training.cohort import Cohort
 from supar_sweep.training.corpus import load_corpus
-from supar_sweep.training.cost import sparse_shapes
+from supar_sweep.training.cost import MOST_TOGETHER, sparse_shapes
 from supar_sweep.training.environment import LAUNCH_ENV, prepare_process
 from supar_sweep.training.train import Run
 from supar_sweep.training.trainer import Trainer
@@ -93,9 +93,12 @@ def ours(cell: CellConfig, place: Place, *, compute: str) -> Running:
     def state_bytes() -> int:
         return training_bytes(layers, trainer.optimizer)
 
+    return Running(step, state_bytes, 1, _facts(trainer))
+
+
+def _facts(trainer: Trainer) -> dict[str, Any]:
     forms = list(trainer.forms.of_layer.values())
-    n_compact = forms.count("compact")
-    return Running(step, state_bytes, 1, {"route": trainer.route, "compact_layers": f"{n_compact}/{len(forms)}"})
+    return {"route": trainer.route, "compact_layers": f"{forms.count('compact')}/{len(forms)}"}
 
 
 class _Nowhere:
@@ -135,9 +138,7 @@ def cohort(cell: CellConfig, place: Place) -> Running:
     def state_bytes() -> int:
         return training_bytes(layers, runs[0].trainer.optimizer)
 
-    forms = list(runs[0].trainer.forms.of_layer.values())
-    facts = {"route": runs[0].trainer.route, "compact_layers": f"{forms.count('compact')}/{len(forms)}"}
-    return Running(step, state_bytes, n_models, facts)
+    return Running(step, state_bytes, n_models, _facts(runs[0].trainer))
 
 
 def training_bytes(layers: Iterable[nn.Module], optimizer: torch.optim.Optimizer) -> int:
@@ -171,7 +172,7 @@ class Variant:
     sparse_only: bool = False
 
 
-COHORT, SMALL_COHORT, MANY_UP_TO_WIDTH = 8, 2, 512
+COHORT, SMALL_COHORT, MANY_UP_TO_WIDTH = MOST_TOGETHER["cpu"], 2, 512
 """Runs in a stack; fewer where one step of so many takes long."""
 
 AS_SHIPPED, SAME_ROUTE = "reference", "reference_same_route"

@@ -7,7 +7,6 @@ default threads, as its scripts do, and as many at a time as there are cores, ea
 from __future__ import annotations
 
 import json
-import math
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from benchmarks.machine import cores
 from benchmarks.reference import Point, to_command_line
 from benchmarks.turns import plain_environment
 from supar_sweep.sparse.linear import choose_route
+from supar_sweep.sweep.records import finite
 from supar_sweep.sweep.status import folders
 from supar_sweep.sweep.submission import Experiment
 
@@ -189,8 +189,7 @@ def run_reference(points: Sequence[Point], at_a_time: int, env: Mapping[str, str
     with ThreadPoolExecutor(at_a_time) as pool:
         answers = list(pool.map(one, points))
     wall_s = time.perf_counter() - begun_s
-    losses = (answer["val_loss"] for answer in answers)
-    return {"wall_s": wall_s, "val_losses": [loss if math.isfinite(loss) else None for loss in losses]}
+    return {"wall_s": wall_s, "val_losses": [finite(answer["val_loss"]) for answer in answers]}
 
 
 def run_ours(words: Sequence[str], chosen: Sequence[int]) -> dict[str, Any]:
