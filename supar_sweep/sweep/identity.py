@@ -1,7 +1,7 @@
 """Who a cell is: a hash of what changes its numbers. No torch.
 
-Out of it: launcher, paths, threads, compute route, checkpoint cadence (RuntimeConfig has no way
-in), and settings that have no effect where they stand. In it: the rule table's version and the
+Out of it: launcher, paths, threads, compute route, cohort, checkpoint cadence (RuntimeConfig has no
+way in), and settings that have no effect where they stand. In it: the rule table's version and the
 data's fingerprint. A cell's folder carries a label beside the id; the label is for people and is
 never parsed.
 """
@@ -47,7 +47,7 @@ def cell_id(cell: CellConfig, fingerprint: str) -> str:
 def canonical(cell: CellConfig) -> dict[str, Any]:
     """Return the cell as plain values with one spelling for everything that trains the same way.
 
-    - fields added later are left out at their default (schema.later);
+    - fields added later are left out at their default (fields.later);
     - numbers have one form (1 and 1.0, 0.3 and 0.1 + 0.2);
     - what has no effect is null: SP's alphas, the start of SP elsewhere, the base where no rule
       reads it, the decay mode without decay, the layer densities and mask updates of a dense cell,

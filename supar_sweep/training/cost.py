@@ -10,8 +10,10 @@ from supar_sweep.sparse.density import live_counts
 BYTES = {"float32": 4, "bfloat16": 4, "float64": 8}
 """Of a weight: bfloat16 is autocast's, so weights, gradients and moments stay float32."""
 
-COMPACT_FLOPS_MULT = 6.0
-"""Time of a FLOP on a live weight of a compact layer over that of a dense matmul: they break even between 1/8 and 1/4."""
+COMPACT_FLOPS_MULT = 3.0
+"""Time of a FLOP on a live weight of a compact layer over that of a dense matmul, with the compiled kernel: 2.5 at density 1/4,
+3 at 1/16, 3.7 at 1/64 (docs/design.md); about twice that without it. It orders cells and weighs the ETA, no more.
+"""
 
 WORTH_STACKING_FLOPS = {"cpu": 2e9, "cuda": 1e12}
 """A step above this is no faster for sharing its forward pass. Measured on a CPU: 1.16x at .35e9 FLOPs, 1.04x at 1.3e9,
