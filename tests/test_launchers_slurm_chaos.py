@@ -84,9 +84,8 @@ def hurrying(slurm: Cluster) -> Iterator[None]:
     def hurry() -> None:
         while not over.wait(0.5):
             waiting = slurm.ask("squeue", "-h", "-r", "-t", "PENDING", "--Format=JobArrayID: ,Reason:", check=False)
-            for line in waiting.splitlines():
-                if line.endswith("BeginTime"):
-                    slurm.ask("scontrol", "update", f"jobid={line.split()[0]}", "StartTime=now", check=False)
+            if held := [line.split()[0] for line in waiting.splitlines() if line.endswith("BeginTime")]:
+                slurm.start_now(*held)
 
     thread = threading.Thread(target=hurry)
     thread.start()
