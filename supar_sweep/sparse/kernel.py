@@ -115,7 +115,9 @@ class _KernelProduct(torch.autograd.Function):
     ) -> Tensor:
         library = _loaded()
         cols, row_starts, col_starts = pattern
+        # names of their own: what the kernel reads must live until it returns
         x, values = _readable(x), values.contiguous()
+        bias = None if bias is None else bias.contiguous()
         fan_in, fan_out = x.shape[-1], row_starts.numel() - 1
         batch = _batch(x, by_feature or _is_by_feature(x))
         threads = _threads(x, values)
@@ -124,7 +126,7 @@ class _KernelProduct(torch.autograd.Function):
         library.forward[x.dtype](
             *(x.data_ptr(), _is_by_feature(x), y.data_ptr(), by_feature, *batch, fan_in, fan_out),
             *(cols.data_ptr(), cols.element_size(), row_starts.data_ptr(), values.data_ptr()),
-            *(None if bias is None else bias.contiguous().data_ptr(), threads, scratch.data_ptr()),
+            *(_address(bias), threads, scratch.data_ptr()),
         )
         ctx.save_for_backward(x, values, cols, row_starts, col_starts)
         return y
