@@ -119,9 +119,8 @@ class CompactLinear(nn.Module):
                 value=f"{flat.size} positions of {live.shape}",
                 allowed=f"{self.n_live} sorted positions of {shape}",
             )
-        starts = np.searchsorted(live.rows, np.arange(self.fan_out + 1))
         self.cols.copy_(torch.from_numpy(live.cols.astype(np.int32)))
-        self.row_starts.copy_(torch.from_numpy(starts.astype(np.int32)))
+        self.row_starts.copy_(torch.from_numpy(live.row_starts()))
         self._transpose()
 
     def live(self) -> LivePositions:
