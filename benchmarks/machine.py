@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from supar_sweep.sparse.linear import choose_route, onednn_linear
+from supar_sweep.sparse.route import choose_route, onednn_linear
 from supar_sweep.training.environment import facts
 
 MIB = 2**20

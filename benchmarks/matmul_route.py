@@ -11,7 +11,8 @@ from functools import partial
 import torch
 
 from benchmarks.machine import interleaved_s
-from supar_sweep.sparse.linear import ROUTES, MaskedLinear, choose_route, set_route
+from supar_sweep.sparse.linear import MaskedLinear, set_route
+from supar_sweep.sparse.route import ROUTES, choose_route
 from supar_sweep.sweep.tables import render
 
 TOKENS, ROUNDS = 512, 30

@@ -72,7 +72,7 @@ class Point:
     clip_norm: float = 1.0
     device: str = "cpu"
     precision: str = "float32"  # or bfloat16: autocast
-    route: str = "torch"  # of the linear layers' matmul; onednn: ours, see supar_sweep.sparse.linear
+    route: str = "torch"  # of the linear layers' matmul; onednn: ours, see supar_sweep.sparse.route
     threads: int = 0  # 0 = torch's default
     data: str = ""  # folder of train.bin and val.bin (uint16); "" = this Python's standard library
 
@@ -289,7 +289,7 @@ class Reference:
 def _product(route: str) -> Product:
     if route == "torch":
         return F.linear
-    from supar_sweep.sparse.linear import onednn_linear
+    from supar_sweep.sparse.route import onednn_linear
 
     return onednn_linear
 

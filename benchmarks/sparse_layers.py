@@ -16,8 +16,9 @@ from benchmarks.machine import interleaved_s
 from supar_sweep.sparse.compact import CompactLinear, set_kernel
 from supar_sweep.sparse.compute import choose_compute, training_step
 from supar_sweep.sparse.kernel import choose_kernel
-from supar_sweep.sparse.linear import MaskedLinear, attach_mask, choose_route
+from supar_sweep.sparse.linear import MaskedLinear, attach_mask
 from supar_sweep.sparse.masks import dense_mask, live_positions
+from supar_sweep.sparse.route import choose_route
 from supar_sweep.sweep.tables import render
 from supar_sweep.training.cost import compact_layer_bytes
 from supar_sweep.training.environment import device_name, prepare_process

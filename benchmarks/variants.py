@@ -13,7 +13,7 @@ from benchmarks.cells import reference_point
 from benchmarks.reference import Reference, random_batch, read_tokens, sparse_layers
 from supar_sweep.config.decode import decode
 from supar_sweep.config.schema import CellConfig, RuntimeConfig
-from supar_sweep.sparse.linear import choose_route
+from supar_sweep.sparse.route import choose_route
 from supar_sweep.training.cohort import Cohort
 from supar_sweep.training.corpus import load_corpus
 from supar_sweep.training.cost import MOST_TOGETHER, sparse_shapes

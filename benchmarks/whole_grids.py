@@ -22,7 +22,7 @@ from benchmarks.cells import SHAPE, reference_point, settings, write_tokens
 from benchmarks.machine import cores
 from benchmarks.reference import Point, to_command_line
 from benchmarks.turns import plain_environment
-from supar_sweep.sparse.linear import choose_route
+from supar_sweep.sparse.route import choose_route
 from supar_sweep.sweep.records import finite
 from supar_sweep.sweep.status import folders
 from supar_sweep.sweep.submission import Experiment

@@ -35,7 +35,8 @@ from benchmarks.turns import Effort, Turns
 from benchmarks.variants import AS_SHIPPED, OURS, SAME_ROUTE, VARIANTS, Place
 from supar_sweep.config.decode import decode
 from supar_sweep.config.schema import CellConfig
-from supar_sweep.sparse.linear import choose_route, named_masks
+from supar_sweep.sparse.linear import named_masks
+from supar_sweep.sparse.route import choose_route
 from supar_sweep.training.corpus import Corpus, load_corpus
 from supar_sweep.training.cost import compact_layer_bytes, sparse_shapes
 from supar_sweep.training.data import batch

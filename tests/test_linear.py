@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from supar_sweep.errors import ConfigError
-from supar_sweep.sparse.linear import MAX_ROUTE_ERROR, ROUTES, MaskedLinear, attach_mask, named_masks
+from supar_sweep.sparse.linear import MaskedLinear, attach_mask, named_masks
 from supar_sweep.sparse.masks import dense_mask
+from supar_sweep.sparse.route import MAX_ROUTE_ERROR, ROUTES
 from tests.small_linear import FAN_IN, FAN_OUT, N_LIVE, inputs, layer, precision
 
 

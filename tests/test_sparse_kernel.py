@@ -136,6 +136,15 @@ def test_gradients_of_any_memory_layout_are_read() -> None:
 
 
 @pytest.mark.compiler
+def test_parameters_of_any_memory_layout_are_read() -> None:
+    layer, x = layer_of(30, 20, 100), normal((70, 30), torch.float32, 1)
+    pattern = (layer.cols, layer.row_starts, layer.col_starts)
+    values, bias = normal((200,), torch.float32, 2)[::2], normal((40,), torch.float32, 3)[::2]
+    got = kernel.kernel_product(x, values, bias, pattern, False)
+    assert torch.equal(got, kernel.kernel_product(x, values.clone(), bias.clone(), pattern, False))
+
+
+@pytest.mark.compiler
 def test_what_is_not_finite_stays_with_its_token() -> None:
     layer = layer_of(30, 20, 200)
     x = normal((70, 30), torch.float32, 1)

@@ -98,6 +98,11 @@ class DataConfig:
         )
 
     @property
+    def is_bytes(self) -> bool:
+        """Whether tokens are the bytes of a text: of every corpus but token files."""
+        return self.vocab_size is None
+
+    @property
     def n_vocab(self) -> int:
         """Vocabulary: 256 at byte level, else as configured."""
         return self.vocab_size or 256

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from supar_sweep.errors import ConfigError
-from supar_sweep.sparse.kernel import kernel_product, kernel_takes
+from supar_sweep.sparse.kernel import empty_activations, is_by_feature, kernel_product, kernel_takes
 from supar_sweep.sparse.linear import named_masks
 from supar_sweep.sparse.masks import LivePositions
 
@@ -119,9 +119,8 @@ class CompactLinear(nn.Module):
                 value=f"{flat.size} positions of {live.shape}",
                 allowed=f"{self.n_live} sorted positions of {shape}",
             )
-        starts = np.searchsorted(live.rows, np.arange(self.fan_out + 1))
         self.cols.copy_(torch.from_numpy(live.cols.astype(np.int32)))
-        self.row_starts.copy_(torch.from_numpy(starts.astype(np.int32)))
+        self.row_starts.copy_(torch.from_numpy(live.row_starts()))
         self._transpose()
 
     def live(self) -> LivePositions:
@@ -320,9 +319,11 @@ def _is_good_size(tokens: int) -> bool:
 
 def _is_tiled(x: Tensor, sizes: list[int]) -> bool:
     """Return whether x [..., features] lies in memory as tiles [features, tokens] of these sizes, each a sequence."""
-    if x.dim() != 3 or x.is_contiguous() or sizes != [x.shape[1]] * x.shape[0]:
-        return False
-    return x.transpose(1, 2).is_contiguous()
+    return is_by_feature(x) and _are_sequences(x, sizes)
+
+
+def _are_sequences(x: Tensor, sizes: list[int]) -> bool:
+    return x.dim() == 3 and sizes == [x.shape[1]] * x.shape[0]
 
 
 def _tiles(x: Tensor, sizes: list[int]) -> Iterator[Tensor]:
@@ -345,10 +346,10 @@ def _empty_parts(like: Tensor, n_features: int, sizes: list[int], tiled: bool) -
         sizes: tokens of each tile.
         tiled: lay it out in memory as tiles [n_features, tokens] if these are sequences, else contiguously.
     """
-    if tiled and like.dim() == 3 and sizes == [like.shape[1]] * like.shape[0]:
-        out = like.new_empty(like.shape[0], n_features, like.shape[1]).transpose(1, 2)
+    tiled = tiled and _are_sequences(like, sizes)
+    out = empty_activations(like, n_features, tiled)
+    if tiled:
         return out, list(out.unbind(0))
-    out = like.new_empty(*like.shape[:-1], n_features)
     return out, list(torch.split(out.view(-1, n_features), sizes)) if sizes else []
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from statistics import median
 
 import numpy as np
 import torch
@@ -16,6 +14,7 @@ from torch import nn
 from supar_sweep.sparse.compact import CompactLinear
 from supar_sweep.sparse.linear import MaskedLinear, attach_mask
 from supar_sweep.sparse.masks import dense_mask, live_positions
+from supar_sweep.sparse.route import speedup_of
 
 FORMS = ("dense", "compact")
 
@@ -24,9 +23,6 @@ MIN_COMPACT_SPEEDUP = 1.15
 
 MAX_MEASURED_DENSITY = 0.5
 """Above it no compact form was ever near the dense matmul's speed, so nothing is measured."""
-
-MEASURE_S = 0.05
-"""Time a layer is given, after three rounds."""
 
 _CAPS = {"cpu": (1024, 512)}
 _GPU_CAPS = (2048, 4096)
@@ -74,7 +70,7 @@ def choose_compute(
         density: its achieved density, in (0, 1]; at 1 there is nothing to leave out.
         tokens: rows of the activations of one step (micro-batch * context), >= 1.
         context_tokens: of one sequence, a divisor of tokens.
-        route: of the dense matmul it competes with, see `choose_route`.
+        route: of the dense matmul it competes with, see `choose_route` in route.py.
         dtype: the type that the layer computes in.
         link: "out" or "in" for a layer that would hand its output to, or take its input from, another compact layer without
             transposing it; "none" for one between dense neighbours.
@@ -141,7 +137,7 @@ def _measured(
             nn.init.constant_(parameter, 1 / math.sqrt(fan_in))
         attach_mask(dense, "weight", dense_mask(1, (fan_out, fan_in), n_live))
         steps = [training_step(dense, batch, kind), training_step(compact, batch, kind, link)]
-        return decide_compute(_speedup(kind, steps))
+        return decide_compute(speedup_of(steps, kind))
     except (RuntimeError, NotImplementedError, MemoryError) as problem:
         # an operator that this device lacks, memory that is not there: the dense form always works
         reason = str(problem).partition("\n")[0]
@@ -178,19 +174,3 @@ def training_step(layer: nn.Module, batch: tuple[int, int], device: str, link: s
         parameter.grad = x.grad = None
 
     return run
-
-
-def _speedup(kind: str, steps: list[Callable[[], None]]) -> float:
-    """Return the median over rounds of the first function's time over the second's, the two measured in turn."""
-    ratios: list[float] = []
-    begun_s = time.perf_counter()
-    # the first round warms up; a slow machine gets two more, enough for a ratio far from 1
-    while len(ratios) < 3 or (len(ratios) < 32 and time.perf_counter() - begun_s < MEASURE_S):
-        times = [time.perf_counter()]
-        for run in steps:
-            run()
-            if kind == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter())
-        ratios.append((times[1] - times[0]) / (times[2] - times[1]))
-    return median(ratios[1:])

@@ -45,13 +45,12 @@ def to_form_of(
             live = _take_mask(weights, prefix, layer)
             weights[f"{prefix}values"] = _gather(weights.pop(f"{prefix}weight"), live)
             weights[f"{prefix}cols"] = torch.from_numpy(live.cols).to(layer.cols.dtype)
-            starts = np.searchsorted(live.rows, np.arange(layer.fan_out + 1)).astype(np.int32)
-            weights[f"{prefix}row_starts"] = torch.from_numpy(starts)
+            weights[f"{prefix}row_starts"] = torch.from_numpy(live.row_starts())
             _convert_moments(moments, places.get(id(layer.values)), live, compact=True)
         elif isinstance(layer, MaskedLinear) and f"{prefix}values" in weights:
             live = _take_pattern(weights, prefix, layer)
             weights[f"{prefix}weight"] = _scatter(weights.pop(f"{prefix}values"), live)
-            weights[f"{prefix}weight_mask"] = _scatter(torch.ones(live.rows.size, dtype=torch.bool), live)
+            weights[f"{prefix}weight_mask"] = live.mask()
             _convert_moments(moments, places.get(id(layer.weight)), live, compact=False)
     return weights, moments
 
@@ -71,7 +70,7 @@ def to_dense(model: nn.Module, model_state: Mapping[str, Any]) -> tuple[State, d
             if f"{prefix}values" in weights:
                 live = _take_pattern(weights, prefix, layer)
                 weights[f"{prefix}weight"] = _scatter(weights.pop(f"{prefix}values"), live)
-                masks[name] = _scatter(torch.ones(live.rows.size, dtype=torch.bool), live)
+                masks[name] = live.mask()
             elif f"{prefix}weight_mask" in weights:
                 masks[name] = weights.pop(f"{prefix}weight_mask")
                 weights[f"{prefix}weight"] = weights[f"{prefix}weight"] * masks[name]

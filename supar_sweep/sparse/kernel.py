@@ -115,16 +115,18 @@ class _KernelProduct(torch.autograd.Function):
     ) -> Tensor:
         library = _loaded()
         cols, row_starts, col_starts = pattern
+        # names of their own: what the kernel reads must live until it returns
         x, values = _readable(x), values.contiguous()
+        bias = None if bias is None else bias.contiguous()
         fan_in, fan_out = x.shape[-1], row_starts.numel() - 1
-        batch = _batch(x, by_feature or _is_by_feature(x))
+        batch = _batch(x, by_feature or is_by_feature(x))
         threads = _threads(x, values)
-        y = _empty(x, fan_out, by_feature)
+        y = empty_activations(x, fan_out, by_feature)
         scratch = x.new_empty(threads * fan_in * library.tile_bytes // x.element_size())
         library.forward[x.dtype](
-            *(x.data_ptr(), _is_by_feature(x), y.data_ptr(), by_feature, *batch, fan_in, fan_out),
+            *(x.data_ptr(), is_by_feature(x), y.data_ptr(), by_feature, *batch, fan_in, fan_out),
             *(cols.data_ptr(), cols.element_size(), row_starts.data_ptr(), values.data_ptr()),
-            *(None if bias is None else bias.contiguous().data_ptr(), threads, scratch.data_ptr()),
+            *(_address(bias), threads, scratch.data_ptr()),
         )
         ctx.save_for_backward(x, values, cols, row_starts, col_starts)
         return y
@@ -137,16 +139,16 @@ class _KernelProduct(torch.autograd.Function):
         needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
         grad = _readable(grad)
         fan_in, fan_out = x.shape[-1], grad.shape[-1]
-        batch = _batch(x, _is_by_feature(x) or _is_by_feature(grad))
+        batch = _batch(x, is_by_feature(x) or is_by_feature(grad))
         threads, tile_tokens = _threads(x, values), library.tile_bytes // x.element_size()
-        grad_x = _empty(x, fan_in, _is_by_feature(x)) if needs_x else None
+        grad_x = empty_activations(x, fan_in, is_by_feature(x)) if needs_x else None
         grad_values = torch.empty_like(values) if needs_values else None
         grad_bias = values.new_empty(fan_out) if needs_bias else None
         n_tiles = batch[0] * -(-batch[1] // tile_tokens) if threads > 1 else 1
         floats = [values.new_empty(size) for size in (n_tiles * fan_out * tile_tokens, values.numel(), values.numel())]
         integers = [row_starts.new_empty(size) for size in (values.numel(), fan_in)]
         library.backward[x.dtype](
-            *(grad.data_ptr(), _is_by_feature(grad), x.data_ptr(), _is_by_feature(x), _address(grad_x)),
+            *(grad.data_ptr(), is_by_feature(grad), x.data_ptr(), is_by_feature(x), _address(grad_x)),
             *(*batch, fan_in, fan_out, cols.data_ptr(), cols.element_size()),
             *(row_starts.data_ptr(), col_starts.data_ptr(), values.data_ptr()),
             *(_address(grad_values), _address(grad_bias), threads),
@@ -155,13 +157,17 @@ class _KernelProduct(torch.autograd.Function):
         return grad_x, grad_values, grad_bias, None, None
 
 
-def _is_by_feature(x: Tensor) -> bool:
-    """Return whether x [sequences, tokens, features] lies in memory as [sequences, features, tokens]."""
+def is_by_feature(x: Tensor) -> bool:
+    """Return whether x lies in memory as [sequences, features, tokens].
+
+    Args:
+        x: [..., features]; where it is not [sequences, tokens, features], it does not.
+    """
     return x.dim() == 3 and not x.is_contiguous() and x.mT.is_contiguous()
 
 
 def _readable(x: Tensor) -> Tensor:
-    return x if _is_by_feature(x) else x.contiguous()
+    return x if is_by_feature(x) else x.contiguous()
 
 
 def _batch(x: Tensor, as_sequences: bool) -> tuple[int, int]:
@@ -169,7 +175,14 @@ def _batch(x: Tensor, as_sequences: bool) -> tuple[int, int]:
     return (x.shape[0], x.shape[1]) if as_sequences else (1, math.prod(x.shape[:-1]))
 
 
-def _empty(like: Tensor, n_features: int, by_feature: bool) -> Tensor:
+def empty_activations(like: Tensor, n_features: int, by_feature: bool) -> Tensor:
+    """Return an empty [..., n_features], contiguous or a transposed view of [sequences, n_features, tokens].
+
+    Args:
+        like: gives leading dimensions, type and device.
+        n_features: last dimension.
+        by_feature: the second of the two; `like` has three dimensions.
+    """
     if by_feature:
         return like.new_empty(like.shape[0], n_features, like.shape[1]).mT
     return like.new_empty(*like.shape[:-1], n_features)

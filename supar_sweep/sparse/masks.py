@@ -42,6 +42,18 @@ class LivePositions(NamedTuple):
     cols: Int32Array
     shape: tuple[int, int]
 
+    def row_starts(self) -> Int32Array:
+        """Return [fan_out + 1] where each row begins among the positions, and at last their number, as in CSR."""
+        return np.searchsorted(self.rows, np.arange(self.shape[0] + 1)).astype(np.int32)
+
+    def mask(self) -> torch.Tensor:
+        """Return the mask as a bool tensor [fan_out, fan_in] on the CPU, True where live."""
+        import torch
+
+        mask = np.zeros(self.shape, dtype=np.bool_)
+        mask[self.rows, self.cols] = True
+        return torch.from_numpy(mask)
+
 
 def live_positions(key: int, shape: tuple[int, int], count: int) -> LivePositions:
     """Return the positions of the `count` smallest mask bits; no array of the layer's size is made.
@@ -83,12 +95,7 @@ def dense_mask(key: int, shape: tuple[int, int], count: int) -> torch.Tensor:
     Raises:
         ConfigError: count is 0 or larger than the layer.
     """
-    import torch
-
-    live = live_positions(key, shape, count)
-    mask = np.zeros(shape, dtype=np.bool_)
-    mask[live.rows, live.cols] = True
-    return torch.from_numpy(mask)
+    return live_positions(key, shape, count).mask()
 
 
 def mask_hash(masks: Mapping[str, torch.Tensor | npt.NDArray[np.bool_] | LivePositions]) -> str:

@@ -47,9 +47,6 @@ LARGEST_FLOAT32_ERROR = 1e-4
 BYTE_END_OF_TEXT = 0
 """NUL, which no text holds: its logit is low wherever a model was trained, so it pads and ends without taking a byte away."""
 
-BYTE_LEVEL = ("stdlib", "text", "hf")
-"""Corpora whose tokens are bytes."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
@@ -100,7 +97,7 @@ def export_checkpoint(checkpoint: Path, to: Path | None, *, exports: Path) -> Ex
     trained = read_trained(files)
     cell = trained.cell
     model = hf_model(cell.model, cell.data.n_vocab, fold(trained.model))
-    has_tokenizer = cell.data.name in BYTE_LEVEL
+    has_tokenizer = cell.data.is_bytes
     tokens_BT = _check_tokens(cell)
     with torch.no_grad():
         wanted_BTV = trained.model.double()(tokens_BT)

@@ -107,11 +107,11 @@ class MaskUpdates:
         Raises:
             CheckpointError: a layer has another number of live weights than the schedule says.
         """
+        found = live_now(self.plans, self.model)
         for name, wanted in self.live(steps_done).items():
-            found = int(named_masks(self.model)[name].sum())
-            if found != wanted:
+            if found[name] != wanted:
                 raise CheckpointError(
-                    f"the checkpoint at step {steps_done} has {found} live weights in {name}, not the {wanted} of "
+                    f"the checkpoint at step {steps_done} has {found[name]} live weights in {name}, not the {wanted} of "
                     f"sparsity.method={self.schedule.method}; delete the cell's checkpoints folder to start it again"
                 )
         self._expect(steps_done)

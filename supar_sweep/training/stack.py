@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from supar_sweep.sparse.compact import CompactLinear
-from supar_sweep.sparse.linear import MaskedLinear, onednn_precision
+from supar_sweep.sparse.linear import MaskedLinear
+from supar_sweep.sparse.route import onednn_precision
 from supar_sweep.training.model import GPT, MLP, Attention
 
 Linear = MaskedLinear | CompactLinear

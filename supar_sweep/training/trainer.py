@@ -18,8 +18,9 @@ from supar_sweep.rules.parameterization import SPARSE_ROLES
 from supar_sweep.sparse.compact import named_live, set_kernel
 from supar_sweep.sparse.convert import to_form_of
 from supar_sweep.sparse.kernel import choose_kernel
-from supar_sweep.sparse.linear import choose_route, set_route
+from supar_sweep.sparse.linear import set_route
 from supar_sweep.sparse.masks import mask_hash
+from supar_sweep.sparse.route import choose_route
 from supar_sweep.training.corpus import Corpus
 from supar_sweep.training.cost import flops_per_token
 from supar_sweep.training.data import batch, val_batches

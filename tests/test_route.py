@@ -13,15 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from supar_sweep.errors import ConfigError
-from supar_sweep.sparse.linear import (
-    MAX_ROUTE_ERROR,
-    MIN_ROUTE_SPEEDUP,
-    ROUTES,
-    MaskedLinear,
-    choose_route,
-    decide_route,
-    set_route,
-)
+from supar_sweep.sparse.linear import MaskedLinear, set_route
+from supar_sweep.sparse.route import MAX_ROUTE_ERROR, MIN_ROUTE_SPEEDUP, ROUTES, choose_route, decide_route
 from tests.small_linear import FAN_IN, FAN_OUT, TOKENS, inputs, layer, precision
 
 has_onednn_setting = pytest.mark.skipif(
