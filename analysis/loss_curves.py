@@ -26,7 +26,7 @@ from .frames import (
     having,
     one_run_a_seed,
     panels_of,
-    parts,
+    refuse_mixed,
     single_values,
     values_of,
     where,
@@ -87,14 +87,7 @@ def loss_curves(
         raise ConfigError("x", "loss curves go over", value=x, allowed=ALONG, nearest_to=x)
     check_axes(table, hue=hue, col=col)
     kept = where(table, fixed or {})
-    if apart := parts(kept, (hue, col))[0]:
-        key = next(iter(apart))
-        raise ConfigError(
-            f"where.{key}",
-            "a line mixes several",
-            value=values_of(kept, key),
-            allowed="one of them, or make it hue or col",
-        )
+    refuse_mixed(kept, "a line", (hue, col))
     panels = []
     for name, rows in panels_of(kept, col):
         curves = [_curve(having(rows, hue, each), each, x, n_bins) for each in values_of(rows, hue)]
