@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -205,6 +205,11 @@ def basin_sets(
         lr_basins(table, x, hue, col, metric, reference, {**(fixed or {}), **part})
         for part in parts(kept, (hue, col), (x,))
     ]
+
+
+def told_apart(each: BasinSet, sets: Sequence[BasinSet]) -> dict[str, Any]:
+    """Return what tells a figure from the others of `basin_sets`: axis -> its value."""
+    return {axis: at for axis, at in each.fixed.items() if len({str(other.fixed.get(axis)) for other in sets}) > 1}
 
 
 def _numbered(rows: pd.DataFrame, axis: str) -> bool:

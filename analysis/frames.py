@@ -125,11 +125,16 @@ def values_of(table: pd.DataFrame, axis: str) -> list[Any]:
     """Return an axis' distinct values in order: parameterizations as in the rule table, numbers and text rising."""
     found = list(dict.fromkeys(rounded(value) for value in table[axis].tolist()))
     if axis == "parameterization":
-        rank = {name: index for index, name in enumerate(PARAMETERIZATIONS)}
-        return sorted(found, key=lambda name: (rank.get(name, len(rank)), str(name)))
+        return sorted(found, key=in_rule_table)
     return sorted(
         found, key=lambda value: (not isinstance(value, float), value if isinstance(value, float) else str(value))
     )
+
+
+def in_rule_table(name: Any) -> tuple[int, str]:
+    """Return the key that sorts parameterizations as the rule table lists them, unknown ones behind."""
+    known = name in PARAMETERIZATIONS
+    return PARAMETERIZATIONS.index(name) if known else len(PARAMETERIZATIONS), str(name)
 
 
 def having(table: pd.DataFrame, axis: str | None, value: Any) -> pd.DataFrame:

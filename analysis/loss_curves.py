@@ -155,7 +155,7 @@ def draw(found: LossCurves) -> Figure:
                 if curve.stderr is not None:
                     error = np.array(curve.stderr)
                     axes.fill_between(x, y - error, y + error, color=look.color, alpha=0.2, linewidth=0)
-                axes.plot(x, y, color=look.color, linewidth=1.3, linestyle=(0, look.dashes) if look.dashes else "-")
+                axes.plot(x, y, color=look.color, linewidth=1.3, linestyle=look.linestyle)
                 if curve.n_diverged and len(x):
                     axes.plot(x[-1], y[-1], "x", color=look.color, markersize=6, markeredgewidth=1.6)
             axes.set_title(style.panel_title(found.col, name))
@@ -164,13 +164,10 @@ def draw(found: LossCurves) -> Figure:
         grid[0].set_ylim(low, high)
         grid[0].set_ylabel("Train loss (nats)")
         n_seeds = max((curve.n_seeds for _, curves in found.panels for curve in curves), default=0)
-        seeds = f"{n_seeds} seeds, mean \N{PLUS-MINUS SIGN} standard error" if n_seeds > 1 else f"{n_seeds} seed"
+        seeds = style.seeds_text(n_seeds, n_seeds)
         text = ", ".join(part for part in (style.fixed_text(found.fixed), seeds) if part)
         style.heading(drawn, text)
-        handles = [
-            Line2D([], [], color=looks[h].color, linestyle=(0, looks[h].dashes) if looks[h].dashes else "-")
-            for h in hues
-        ]
+        handles = [Line2D([], [], color=looks[hue].color, linestyle=looks[hue].linestyle) for hue in hues]
         labels = [style.value_text(found.hue, hue) for hue in hues]
         if any(curve.n_diverged for _, curves in found.panels for curve in curves):
             handles.append(Line2D([], [], color=style.MUTED, marker="x", linewidth=0))

@@ -293,10 +293,11 @@ def draw(found: Pareto) -> Figure:
         grid[0].set_ylabel(f"{style.METRIC_NAMES[found.metric]} (nats)")
         text = style.fixed_text(found.fixed)
         n_seeds = max((len(p.losses) for _, cs in found.panels for c in cs for p in c.points), default=0)
-        seeds = f"{n_seeds} seeds, mean \N{PLUS-MINUS SIGN} standard error" if n_seeds > 1 else f"{n_seeds} seed"
-        style.heading(drawn, ", ".join(part for part in (text, seeds) if part))
+        style.heading(drawn, ", ".join(part for part in (text, style.seeds_text(n_seeds, n_seeds)) if part))
         handles = [
-            Line2D([], [], color=looks[hue].color, marker=looks[hue].marker, markersize=5, **_dashes(looks[hue]))
+            Line2D(
+                [], [], color=looks[hue].color, marker=looks[hue].marker, markersize=5, linestyle=looks[hue].linestyle
+            )
             for hue in hues
         ]
         labels = [style.value_text(found.hue, hue) for hue in hues]
@@ -315,16 +316,12 @@ def _swept_name(found: Pareto) -> str:
     return "" if found.swept is None else style.axis_name(found.swept).lower()
 
 
-def _dashes(look: style.Look) -> dict[str, Any]:
-    return {"linestyle": (0, look.dashes) if look.dashes else "-"}
-
-
 def _curve(axes: Axes, curve: Curve, look: style.Look) -> None:
     x = np.log2([point.x for point in curve.points])
     y = np.array([np.nan if point.loss is None else point.loss for point in curve.points])
     error = np.array([point.stderr or 0.0 for point in curve.points])
     axes.fill_between(x, y - error, y + error, color=look.color, alpha=0.18, linewidth=0)
-    axes.plot(x, y, color=look.color, **_dashes(look))
+    axes.plot(x, y, color=look.color, linestyle=look.linestyle)
     for at, height, point in zip(x, y, curve.points, strict=True):
         if point.loss is None:
             axes.plot(

@@ -142,10 +142,10 @@ def pictures(
 
 
 def _basins(each: BasinSet, sets: Sequence[BasinSet]) -> Picture:
-    apart = [axis for axis in each.fixed if len({str(other.fixed.get(axis)) for other in sets}) > 1]
-    missing = {axis for axis in apart if each.fixed[axis] != each.fixed[axis]}  # pandas writes null as NaN
-    at = ", ".join(f"{axis} null" if axis in missing else style.value_text(axis, each.fixed[axis]) for axis in apart)
-    suffix = "".join(f"-{axis}{each.fixed[axis]}" for axis in apart)
+    apart = basins.told_apart(each, sets)
+    # pandas writes null as NaN
+    at = ", ".join(f"{axis} null" if v != v else style.value_text(axis, v) for axis, v in apart.items())
+    suffix = "".join(f"-{axis}{value}" for axis, value in apart.items())
     name, line = style.axis_name(each.x).lower(), style.axis_name(each.hue).lower()
     return Picture(
         "lr_basins",
