@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,13 +17,13 @@ from .frames import (
     DIVERGED,
     DONE,
     MISSING,
-    axes_of,
     check_axes,
     check_metric,
     having,
     one_run_a_seed,
     panels_of,
     parts,
+    refuse_mixed,
     rounded,
     single_values,
     text,
@@ -163,7 +163,10 @@ def lr_basins(
         usual = 1.0 if hue == "density" else min(hues) if _numbered(rows, hue) else None
         wanted = usual if reference is None else rounded(reference)
         of_line = [having(rows, hue, each) for each in hues]
-        points = [_points(line, x, hue, col, metric) for line in of_line]
+        for line in of_line:
+            shown = " ".join(f"{axis}={text(rounded(line[axis].iloc[0]))}" for axis in (col, hue) if axis is not None)
+            refuse_mixed(line, f"the line {shown}", (), [axis for axis in (x, hue, col) if axis is not None])
+        points = [points_of(line, x, metric) for line in of_line]
         tied = [
             {axis: v for axis, v in single_values(line, but=(x, hue, col)).items() if axis not in common}
             for line in of_line
@@ -204,20 +207,25 @@ def basin_sets(
     ]
 
 
+def told_apart(each: BasinSet, sets: Sequence[BasinSet]) -> dict[str, Any]:
+    """Return what tells a figure from the others of `basin_sets`: axis -> its value."""
+    return {axis: at for axis, at in each.fixed.items() if len({str(other.fixed.get(axis)) for other in sets}) > 1}
+
+
 def _numbered(rows: pd.DataFrame, axis: str) -> bool:
     return all(isinstance(value, float) for value in values_of(rows, axis))
 
 
-def _points(rows: pd.DataFrame, x: str, hue: str, col: str | None, metric: str) -> tuple[Point, ...]:
-    for axis in axes_of(rows):
-        if axis not in (x, hue, col) and rows[axis].map(rounded).nunique(dropna=False) > 1:
-            line = " ".join(f"{name}={text(rounded(rows[name].iloc[0]))}" for name in (col, hue) if name is not None)
-            raise ConfigError(
-                f"where.{axis}",
-                f"the line {line} mixes several",
-                value=values_of(rows, axis),
-                allowed="one of them, or make it x, hue or col",
-            )
+def points_of(rows: pd.DataFrame, x: str, metric: str) -> tuple[Point, ...]:
+    """Return the points of one line by rising x.
+
+    Args:
+        rows: of one line: no axis but x has several values.
+        x: axis of positive numbers. metric: "train_loss" or "val_loss".
+
+    Raises:
+        ConfigError: two different cells of one seed at a point.
+    """
     points = []
     for log2_x, group in rows.groupby(np.log2(rows[x]).round(6), sort=True):
         runs = one_run_a_seed(group, f"{x}={2.0**log2_x:g}")

@@ -51,7 +51,7 @@ def draw(found: CoordinateSet) -> Figure:
         style.value_ticks(grid[-1, 0], xs)
         if found.axis == "density":
             grid[-1, 0].invert_xaxis()
-        n = f"{found.n_seeds} seeds, mean \N{PLUS-MINUS SIGN} standard error" if found.n_seeds > 1 else "1 seed"
+        n = style.seeds_text(found.n_seeds, found.n_seeds)
         at = style.fixed_text(found.fixed)
         style.heading(drawn, f"{NAMES[found.statistic]}, {at}, {n}")
         shown = steps if len(steps) <= 6 else [steps[round(i * (len(steps) - 1) / 4)] for i in range(5)]

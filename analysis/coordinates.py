@@ -21,10 +21,10 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from supar_sweep.errors import ConfigError
-from supar_sweep.rules.parameterization import PARAMETERIZATIONS, Method, formula
+from supar_sweep.rules.parameterization import Method, formula
 
 from .fit import Interval
-from .frames import rounded, values_of
+from .frames import in_rule_table, rounded, values_of
 from .smooth import CONFIDENCE
 from .wiener import Array
 
@@ -40,11 +40,12 @@ REQUIRED = ("parameterization", "width", "density", "seed", "step", "site", *STA
 
 Answer = Literal["pass", "fail", "undecided"]
 
+CAVEAT = "a check that passes is evidence, not a proof, that hyperparameters transfer"
+
 RULE = (
     "a seed's slope is its mean over the steps; pass: the 95% CI (Student's t over seeds) of slope minus expected slope lies "
     "within +-threshold; fail: it lies wholly outside; undecided: anything else. A parameterization fails with any failing "
-    "statistic and passes when all pass. "
-    "A check that passes is evidence, not a proof, that hyperparameters transfer"
+    f"statistic and passes when all pass. {CAVEAT[:1].upper()}{CAVEAT[1:]}"
 )
 
 
@@ -267,8 +268,7 @@ def slope_test(
 def all_slope_tests(sets: Sequence[CoordinateSet]) -> list[SlopeTest]:
     """Return every test of some figures, parameterization by parameterization."""
     found = [panel.test for each in sets for panel in each.panels]
-    rank: dict[str, int] = {name: index for index, name in enumerate(PARAMETERIZATIONS)}
-    return sorted(found, key=lambda test: (rank.get(test.parameterization, len(rank)), test.parameterization))
+    return sorted(found, key=lambda test: in_rule_table(test.parameterization))
 
 
 def answers(found: Sequence[SlopeTest]) -> dict[str, dict[str, tuple[Answer, str]]]:

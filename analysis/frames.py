@@ -15,6 +15,9 @@ from supar_sweep.rules.parameterization import PARAMETERIZATIONS
 AXES = ("parameterization", "width", "density", "n_layer", "lr", "init_std")
 """What every row has a value of, besides the seed. A grid's further axes are columns of their own."""
 
+SWEPT = ("lr", "init_std")
+"""Axes along which a line has an optimum that may be transferred, the usual one first."""
+
 METRICS = ("train_loss", "val_loss")
 
 REQUIRED = (*AXES, "seed", "end", *METRICS)
@@ -122,11 +125,16 @@ def values_of(table: pd.DataFrame, axis: str) -> list[Any]:
     """Return an axis' distinct values in order: parameterizations as in the rule table, numbers and text rising."""
     found = list(dict.fromkeys(rounded(value) for value in table[axis].tolist()))
     if axis == "parameterization":
-        rank = {name: index for index, name in enumerate(PARAMETERIZATIONS)}
-        return sorted(found, key=lambda name: (rank.get(name, len(rank)), str(name)))
+        return sorted(found, key=in_rule_table)
     return sorted(
         found, key=lambda value: (not isinstance(value, float), value if isinstance(value, float) else str(value))
     )
+
+
+def in_rule_table(name: Any) -> tuple[int, str]:
+    """Return the key that sorts parameterizations as the rule table lists them, unknown ones behind."""
+    known = name in PARAMETERIZATIONS
+    return PARAMETERIZATIONS.index(name) if known else len(PARAMETERIZATIONS), str(name)
 
 
 def having(table: pd.DataFrame, axis: str | None, value: Any) -> pd.DataFrame:
@@ -161,19 +169,45 @@ def parts(table: pd.DataFrame, within: Sequence[str | None], swept: Sequence[str
         within: the figure's axes, without the one it sweeps; None = not used.
         swept: further axes that a figure may hold all values of.
     """
-    names = [name for name in within if name is not None]
-    key = [table[name].map(rounded) for name in names]
-    apart = []
-    for axis in axes_of(table):
-        if axis in names or axis in swept or axis not in table.columns:
-            continue
-        column = table[axis].map(rounded)
-        if (column.groupby(key).nunique(dropna=False).max() if key else column.nunique(dropna=False)) > 1:
-            apart.append(axis)
+    apart = varied(table, within, swept)
     if not apart:
         return [{}]
     found = table[apart].drop_duplicates().sort_values(apart)
     return [dict(zip(apart, (_plain(v) for v in row), strict=True)) for row in found.itertuples(index=False)]
+
+
+def varied(table: pd.DataFrame, within: Sequence[str | None], swept: Sequence[str] = ()) -> list[str]:
+    """Return the axes that have several values among rows that agree in all of `within`.
+
+    Args:
+        table, within, swept: as for `parts`.
+    """
+    names = [name for name in within if name is not None]
+    key = [table[name].map(rounded) for name in names]
+    found = []
+    for axis in axes_of(table):
+        if axis in names or axis in swept:
+            continue
+        column = table[axis].map(rounded)
+        if (column.groupby(key).nunique(dropna=False).max() if key else column.nunique(dropna=False)) > 1:
+            found.append(axis)
+    return found
+
+
+def refuse_mixed(table: pd.DataFrame, what: str, within: Sequence[str | None], swept: Sequence[str] = ()) -> None:
+    """Raise ConfigError where one thing of a figure, a line or a point, would hold several values of an axis.
+
+    Args:
+        table, within, swept: as for `parts`.
+        what: the thing, for the error.
+    """
+    if mixed := varied(table, within, swept):
+        raise ConfigError(
+            f"where.{mixed[0]}",
+            f"{what} mixes several",
+            value=values_of(table, mixed[0]),
+            allowed="one of them, or make it an axis of the figure",
+        )
 
 
 def single_values(rows: pd.DataFrame, but: Sequence[str | None]) -> dict[str, Any]:

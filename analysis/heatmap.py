@@ -23,9 +23,20 @@ from matplotlib.patches import Rectangle
 from supar_sweep.errors import ConfigError
 
 from . import style
-from .basins import Line, Panel, lr_basins
+from .basins import Line, Panel, points_of
 from .fit import Regret, fit_panel
-from .frames import axes_of, check_axes, check_metric, having, panels_of, parts, single_values, values_of, where
+from .frames import (
+    axes_of,
+    check_axes,
+    check_metric,
+    having,
+    panels_of,
+    refuse_mixed,
+    single_values,
+    values_of,
+    varied,
+    where,
+)
 from .verdict import MAX_REGRET_PERCENT, MAX_SHIFT_OCTAVES, Shift, shift
 
 
@@ -61,18 +72,17 @@ def heatmap(
     hue: str = "width",
     col: str | None = "parameterization",
     metric: str = "train_loss",
-    swept: str | None = None,
     fixed: Mapping[str, Any] | None = None,
 ) -> HeatMap:
     """Return the optimum of every (x, hue) of each panel against the panel's one reference.
 
-    The reference has the greatest density and the smallest of any other axis. The noise is pooled over a panel.
+    The reference has the greatest density and the smallest of any other axis. The noise is pooled over a panel. What is
+    fitted is the best init_std where it alone varies at a square, else the best lr.
 
     Args:
         table: made by frames.frame.
         x, hue: the map's axes, numeric. col: axis of the panels; None = one.
         metric: "train_loss" or "val_loss".
-        swept: axis whose optimum is fitted; None = init_std where it alone varies at a square, else lr.
         fixed: values of other axes to keep.
 
     Raises:
@@ -81,15 +91,12 @@ def heatmap(
     check_axes(table, x=x, hue=hue, col=col)
     check_metric(metric)
     kept = where(table, fixed or {})
-    swept = swept or ("init_std" if {*parts(kept, (x, hue, col))[0]} == {"init_std"} else "lr")
+    swept = "init_std" if varied(kept, (x, hue, col)) == ["init_std"] else "lr"
     check_axes(table, x=x, hue=hue, col=col, swept=swept)
     for key, name in (("x", x), ("hue", hue)):
         if not all(isinstance(value, float) for value in values_of(kept, name)):
             raise ConfigError(key, "needs an axis of numbers", value=name, allowed=axes_of(table))
-    apart = parts(kept, (x, hue, col), (swept,))[0]
-    if apart:
-        key = next(iter(apart))
-        raise ConfigError(f"where.{key}", "a square of the map mixes several", value=values_of(kept, key))
+    refuse_mixed(kept, "a square of the map", (x, hue, col), (swept,))
     panels = []
     for name, rows in panels_of(kept, col):
         panels.append((name, _cells(rows, x, hue, swept, metric)))
@@ -100,10 +107,10 @@ def _cells(rows: pd.DataFrame, x: str, y: str, swept: str, metric: str) -> tuple
     places: list[tuple[float, float]] = []
     points = []
     for at in values_of(rows, y):
-        (panel,) = lr_basins(having(rows, y, at), swept, x, None, metric).panels
-        for line in panel.lines:
-            places.append((float(line.hue), at))
-            points.append(line.points)
+        row = having(rows, y, at)
+        for value in values_of(row, x)[::-1]:
+            places.append((value, at))
+            points.append(points_of(having(row, x, value), swept, metric))
     fits = fit_panel([[point.observed for point in line] for line in points])
     reference = min(range(len(places)), key=lambda i: (_from_proxy(x, places[i][0]), _from_proxy(y, places[i][1])))
     lines = tuple(Line(float(i), line, fit) for i, (line, fit) in enumerate(zip(points, fits, strict=True)))

@@ -26,7 +26,7 @@ from .frames import (
     having,
     one_run_a_seed,
     panels_of,
-    parts,
+    refuse_mixed,
     single_values,
     values_of,
     where,
@@ -87,14 +87,7 @@ def loss_curves(
         raise ConfigError("x", "loss curves go over", value=x, allowed=ALONG, nearest_to=x)
     check_axes(table, hue=hue, col=col)
     kept = where(table, fixed or {})
-    if apart := parts(kept, (hue, col))[0]:
-        key = next(iter(apart))
-        raise ConfigError(
-            f"where.{key}",
-            "a line mixes several",
-            value=values_of(kept, key),
-            allowed="one of them, or make it hue or col",
-        )
+    refuse_mixed(kept, "a line", (hue, col))
     panels = []
     for name, rows in panels_of(kept, col):
         curves = [_curve(having(rows, hue, each), each, x, n_bins) for each in values_of(rows, hue)]
@@ -162,7 +155,7 @@ def draw(found: LossCurves) -> Figure:
                 if curve.stderr is not None:
                     error = np.array(curve.stderr)
                     axes.fill_between(x, y - error, y + error, color=look.color, alpha=0.2, linewidth=0)
-                axes.plot(x, y, color=look.color, linewidth=1.3, linestyle=(0, look.dashes) if look.dashes else "-")
+                axes.plot(x, y, color=look.color, linewidth=1.3, linestyle=look.linestyle)
                 if curve.n_diverged and len(x):
                     axes.plot(x[-1], y[-1], "x", color=look.color, markersize=6, markeredgewidth=1.6)
             axes.set_title(style.panel_title(found.col, name))
@@ -171,13 +164,10 @@ def draw(found: LossCurves) -> Figure:
         grid[0].set_ylim(low, high)
         grid[0].set_ylabel("Train loss (nats)")
         n_seeds = max((curve.n_seeds for _, curves in found.panels for curve in curves), default=0)
-        seeds = f"{n_seeds} seeds, mean \N{PLUS-MINUS SIGN} standard error" if n_seeds > 1 else f"{n_seeds} seed"
+        seeds = style.seeds_text(n_seeds, n_seeds)
         text = ", ".join(part for part in (style.fixed_text(found.fixed), seeds) if part)
         style.heading(drawn, text)
-        handles = [
-            Line2D([], [], color=looks[h].color, linestyle=(0, looks[h].dashes) if looks[h].dashes else "-")
-            for h in hues
-        ]
+        handles = [Line2D([], [], color=looks[hue].color, linestyle=looks[hue].linestyle) for hue in hues]
         labels = [style.value_text(found.hue, hue) for hue in hues]
         if any(curve.n_diverged for _, curves in found.panels for curve in curves):
             handles.append(Line2D([], [], color=style.MUTED, marker="x", linewidth=0))

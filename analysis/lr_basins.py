@@ -104,7 +104,7 @@ def _line(axes: Axes, line: Line, look: style.Look, top: float, rank: int) -> No
         linewidth=0,
         zorder=order - 0.3,
     )
-    axes.plot(x, mean_loss, color=color, linestyle=(0, look.dashes) if look.dashes else "-", zorder=order)
+    axes.plot(x, mean_loss, color=color, linestyle=look.linestyle, zorder=order)
     inside = mean_loss <= top
     axes.plot(x[inside], mean_loss[inside], ".", color=color, markersize=4.5, zorder=order)
 
@@ -190,9 +190,7 @@ def _title(basins: BasinSet) -> str:
     shown = [text] if (text := style.fixed_text(basins.fixed)) else []
     n_seeds = {line.n_seeds for panel in basins.panels for line in panel.lines}
     if n_seeds:
-        few, many = min(n_seeds), max(n_seeds)
-        counted = f"{few}" if few == many else f"{few} to {many}"
-        shown.append("1 seed" if many == 1 else f"{counted} seeds, mean \N{PLUS-MINUS SIGN} standard error")
+        shown.append(style.seeds_text(min(n_seeds), max(n_seeds)))
     if basins.n_missing:
         shown.append(f"{basins.n_missing} runs missing")
     return ", ".join(shown)
@@ -211,8 +209,7 @@ def _legend(basins: BasinSet, hues: list[Any], looks: dict[Any, style.Look]) -> 
     handles: list[Line2D] = []
     labels: list[str] = []
     for hue in hues:
-        dashes = looks[hue].dashes
-        handles.append(Line2D([], [], color=looks[hue].color, linestyle=(0, dashes) if dashes else "-"))
+        handles.append(Line2D([], [], color=looks[hue].color, linestyle=looks[hue].linestyle))
         labels.append(", ".join([style.value_text(basins.hue, hue), *_tied(basins, hue)]))
     grey = style.MUTED
 

@@ -22,25 +22,21 @@ from matplotlib.lines import Line2D
 
 from supar_sweep.errors import ConfigError
 
-from . import style
-from .basins import Line, Panel, lr_basins
+from . import basins, style
+from .basins import Line, Panel, lr_basins, points_of
 from .frames import (
-    DIVERGED,
-    DONE,
+    SWEPT,
     axes_of,
     check_axes,
     check_metric,
     having,
-    one_run_a_seed,
     panels_of,
     rounded,
     single_values,
     values_of,
+    varied,
     where,
 )
-
-SWEPT = ("lr", "init_std")
-"""What may have several values at one point of the figure: it is then transferred, and tuned."""
 
 At = Literal["as run", "transferred", "own best"]
 
@@ -154,13 +150,7 @@ def pareto(
 
 def _swept(rows: pd.DataFrame, names: Sequence[str | None]) -> str | None:
     """Return which axis has several values at one point of the figure."""
-    used = [name for name in names if name is not None]
-    keys = [rows[name].map(rounded) for name in used]
-    several = [
-        axis
-        for axis in axes_of(rows)
-        if axis not in used and rows[axis].map(rounded).groupby(keys).nunique(dropna=False).max() > 1
-    ]
+    several = varied(rows, names)
     if not several:
         return None
     if len(several) > 1 or several[0] not in SWEPT:
@@ -172,13 +162,10 @@ def _swept(rows: pd.DataFrame, names: Sequence[str | None]) -> str | None:
 def _as_run(rows: pd.DataFrame, x: str, metric: str) -> dict[At, tuple[Point, ...]]:
     points = []
     for value in values_of(rows, x):
-        runs = one_run_a_seed(having(rows, x, value), f"{x}={value:g}")
-        good = runs[(runs["kind"] == DONE) & np.isfinite(runs[metric])].sort_values("seed")
-        losses = {int(s): float(v) for s, v in zip(good["seed"], good[metric], strict=True)}
-        n_diverged = int((runs["kind"] == DIVERGED).sum())
-        loss = float(np.mean([*losses.values()])) if losses and not n_diverged else None
-        note = "diverged" if n_diverged else "" if losses else "missing"
-        points.append(Point(value, loss, losses, n_diverged, note=note))
+        (runs,) = points_of(having(rows, x, value), x, metric)
+        note = "diverged" if runs.n_diverged else "" if runs.losses else "missing"
+        loss = runs.mean if runs.eligible else None
+        points.append(Point(value, loss, runs.observed.losses, runs.n_diverged, note=note))
     return {"as run": tuple(points)}
 
 
@@ -196,13 +183,11 @@ def _own_best(line: Line) -> Point:
     best = line.optimum
     if best.best_loss is None:
         return Point(float(line.hue), None, {}, note=best.reason)
-    means = [(point.mean, point) for point in line.points if point.eligible]
-    lowest = min(means, key=lambda pair: pair[0] or math.inf)[1]
+    lowest = min((point for point in line.points if point.eligible), key=lambda point: point.mean or math.inf)
     point = lowest if best.x is None else _nearest(line, best.x)
     note = "best at the grid's edge" if best.censored else ""
-    return Point(
-        float(line.hue), best.best_loss, _by_seed(point), 0, best.x if best.x is not None else point.log2_x, note
-    )
+    at = point.log2_x if best.x is None else best.x
+    return Point(float(line.hue), best.best_loss, point.observed.losses, 0, at, note)
 
 
 def _transferred(panel: Panel, line: Line) -> Point:
@@ -216,15 +201,11 @@ def _transferred(panel: Panel, line: Line) -> Point:
     best = line.optimum.best_loss
     if regret.value is None or best is None:
         return Point(float(line.hue), None, {}, n_diverged, at, "diverged" if n_diverged else regret.reason)
-    return Point(float(line.hue), best + regret.value, _by_seed(nearest), n_diverged, at)
+    return Point(float(line.hue), best + regret.value, nearest.observed.losses, n_diverged, at)
 
 
-def _nearest(line: Line, at: float) -> Any:
+def _nearest(line: Line, at: float) -> basins.Point:
     return min(line.points, key=lambda point: (not point.losses, abs(point.log2_x - at)))
-
-
-def _by_seed(point: Any) -> dict[int, float]:
-    return dict(zip(point.seeds, point.losses, strict=True))
 
 
 def _gains(col: str, curves: Sequence[Curve], best: Any) -> list[Gain]:
@@ -312,10 +293,11 @@ def draw(found: Pareto) -> Figure:
         grid[0].set_ylabel(f"{style.METRIC_NAMES[found.metric]} (nats)")
         text = style.fixed_text(found.fixed)
         n_seeds = max((len(p.losses) for _, cs in found.panels for c in cs for p in c.points), default=0)
-        seeds = f"{n_seeds} seeds, mean \N{PLUS-MINUS SIGN} standard error" if n_seeds > 1 else f"{n_seeds} seed"
-        style.heading(drawn, ", ".join(part for part in (text, seeds) if part))
+        style.heading(drawn, ", ".join(part for part in (text, style.seeds_text(n_seeds, n_seeds)) if part))
         handles = [
-            Line2D([], [], color=looks[hue].color, marker=looks[hue].marker, markersize=5, **_dashes(looks[hue]))
+            Line2D(
+                [], [], color=looks[hue].color, marker=looks[hue].marker, markersize=5, linestyle=looks[hue].linestyle
+            )
             for hue in hues
         ]
         labels = [style.value_text(found.hue, hue) for hue in hues]
@@ -334,16 +316,12 @@ def _swept_name(found: Pareto) -> str:
     return "" if found.swept is None else style.axis_name(found.swept).lower()
 
 
-def _dashes(look: style.Look) -> dict[str, Any]:
-    return {"linestyle": (0, look.dashes) if look.dashes else "-"}
-
-
 def _curve(axes: Axes, curve: Curve, look: style.Look) -> None:
     x = np.log2([point.x for point in curve.points])
     y = np.array([np.nan if point.loss is None else point.loss for point in curve.points])
     error = np.array([point.stderr or 0.0 for point in curve.points])
     axes.fill_between(x, y - error, y + error, color=look.color, alpha=0.18, linewidth=0)
-    axes.plot(x, y, color=look.color, **_dashes(look))
+    axes.plot(x, y, color=look.color, linestyle=look.linestyle)
     for at, height, point in zip(x, y, curve.points, strict=True):
         if point.loss is None:
             axes.plot(

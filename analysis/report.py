@@ -27,6 +27,7 @@ from .report_origin import Facts, Origin, Table, origin
 from .statements import Statement, quickstart_statements
 from .study import Study
 from .study import study as study_data
+from .tables import regret_text, value_or_bound
 from .verdict import RULE, Entry, Verdict, entries, proposals, verdicts
 
 CELLS_LISTED = 1000
@@ -204,14 +205,14 @@ def optima(found: Sequence[Entry]) -> Table:
             str(entry.n_layer),
             str(entry.n_seeds),
             "-" if entry.log2_opt is None else f"{2.0**entry.log2_opt:.4g}",
-            _or_bound(entry.log2_opt, entry.bound, entry.bound_side, "{:.2f}"),
+            value_or_bound(entry.log2_opt, entry.bound, entry.bound_side, "{:.2f}"),
             _interval(entry.ci, "{:.2f}"),
-            "reference" if entry.is_reference else _or_bound(
+            "reference" if entry.is_reference else value_or_bound(
                 entry.shift_octaves, entry.shift_bound, entry.shift_bound_side, "{:+.2f}"
             ),
             "" if entry.is_reference else _interval(entry.shift_ci, "{:+.2f}"),
-            "" if entry.is_reference else _least(entry, entry.regret, "{:.4f}"),
-            "" if entry.is_reference else _least(entry, entry.regret_percent, "{:.2f}"),
+            "" if entry.is_reference else regret_text(entry, entry.regret, "{:.4f}"),
+            "" if entry.is_reference else regret_text(entry, entry.regret_percent, "{:.2f}"),
             "" if entry.is_reference or entry.regret_percent_upper is None else f"{entry.regret_percent_upper:.2f}",
             "-" if entry.best_loss is None else f"{'' if entry.loss_at_optimum else '<= '}{entry.best_loss:.4f}",
             entry.reason,
@@ -219,18 +220,8 @@ def optima(found: Sequence[Entry]) -> Table:
         for entry in found
     ]  # fmt: skip
     columns = (
-        *(
-            "",
-            "width",
-            "density",
-            "layers",
-            "seeds",
-            f"best {name}",
-            f"log2 {name}",
-            "95% CI",
-            "shift, octaves",
-            "95% CI",
-        ),
+        *("", "width", "density", "layers", "seeds"),
+        *(f"best {name}", f"log2 {name}", "95% CI", "shift, octaves", "95% CI"),
         *("regret, nats", "regret, %", "at most, %", "best loss", "note"),
     )
     return _without_constant(
@@ -238,18 +229,8 @@ def optima(found: Sequence[Entry]) -> Table:
     )
 
 
-def _or_bound(value: float | None, bound: float | None, side: str | None, form: str) -> str:
-    if value is not None:
-        return form.format(value)
-    return "-" if bound is None else f"{'>=' if side == 'high' else '<='} {form.format(bound)}"
-
-
 def _interval(ends: tuple[float, float] | None, form: str) -> str:
     return "-" if ends is None else f"{form.format(ends[0])} to {form.format(ends[1])}"
-
-
-def _least(entry: Entry, value: float | None, form: str) -> str:
-    return "-" if value is None else f"{'>= ' if entry.regret_is_lower_bound else ''}{form.format(value)}"
 
 
 def _without_constant(table: Table, names: Iterable[str]) -> Table:

@@ -18,9 +18,8 @@ from supar_sweep.sweep.tables import render
 from . import basins, heatmap, loss_curves, lr_basins, pareto, scaling, style
 from . import study as study_figure
 from .basins import BasinSet, Panel
-from .frames import having, panels_of, parts, rounded, values_of, where
+from .frames import SWEPT, having, panels_of, parts, values_of, varied, where
 
-SWEPT = ("lr", "init_std")
 LINES = ("density", "width", "n_layer")
 """What may tell the lines of a basin apart, the first that varies."""
 
@@ -83,9 +82,7 @@ def data_csv(picture: Picture) -> str:
 def swept_axis(table: pd.DataFrame) -> str | None:
     """Return which axis was swept: lr or init_std where it has several values on one line, lr first; else None."""
     for axis in SWEPT:
-        others = [name for name in ("parameterization", *LINES, *SWEPT) if name != axis]
-        values = table[axis].map(rounded)
-        if values.groupby([table[name].map(rounded) for name in others]).nunique().max() > 1:
+        if axis in varied(table, [name for name in ("parameterization", *LINES, *SWEPT) if name != axis]):
             return axis
     return None
 
@@ -145,10 +142,10 @@ def pictures(
 
 
 def _basins(each: BasinSet, sets: Sequence[BasinSet]) -> Picture:
-    apart = [axis for axis in each.fixed if len({str(other.fixed.get(axis)) for other in sets}) > 1]
-    missing = {axis for axis in apart if each.fixed[axis] != each.fixed[axis]}  # pandas writes null as NaN
-    at = ", ".join(f"{axis} null" if axis in missing else style.value_text(axis, each.fixed[axis]) for axis in apart)
-    suffix = "".join(f"-{axis}{each.fixed[axis]}" for axis in apart)
+    apart = basins.told_apart(each, sets)
+    # pandas writes null as NaN
+    at = ", ".join(f"{axis} null" if v != v else style.value_text(axis, v) for axis, v in apart.items())
+    suffix = "".join(f"-{axis}{value}" for axis, value in apart.items())
     name, line = style.axis_name(each.x).lower(), style.axis_name(each.hue).lower()
     return Picture(
         "lr_basins",
@@ -186,7 +183,7 @@ def _pareto(table: pd.DataFrame, metric: str) -> Picture:
     x = line_axis(table)
     if len(values_of(table, x)) < 2:
         raise ConfigError(_GRID, "only one density, width and depth: no line to draw over them")
-    apart = parts(table, (x, "parameterization"), SWEPT)[0]
+    apart = varied(table, (x, "parameterization"), SWEPT)
     col = next((axis for axis in LINES if axis in apart), None)
     return Picture(
         "pareto",
@@ -244,7 +241,7 @@ def _loss_curves(table: pd.DataFrame, sets: Sequence[BasinSet], curve_of: CurveO
 
 def _at_transferred(table: pd.DataFrame, each: BasinSet) -> Iterable[pd.DataFrame]:
     """Yield, line by line, the rows at the value nearest to the one that is transferred."""
-    kept = where(table, {axis: value for axis, value in each.fixed.items() if axis in table.columns})
+    kept = where(table, each.fixed)
     by_name = {panel.col: panel for panel in each.panels}
     for name, rows in panels_of(kept, each.col):
         wanted = _transferred(by_name[name])

@@ -22,14 +22,13 @@ from .report_cost import device
 
 Facts = tuple[tuple[str, str], ...]
 
-
 GAPS = ("", "-", "reference")
 """What a cell of a column of numbers may hold instead of one."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of plain text. `heading` is "" where the text around it says it all."""
+    """A table of plain text."""
 
     heading: str
     columns: tuple[str, ...]

@@ -55,7 +55,7 @@ def html(found: Report) -> str:
         rule=found.rule.replace("+-", "\N{PLUS-MINUS SIGN}"),
         formula=FORMULA,
         meaning=MEANING,
-        claim_words={True: ("yes", "holds"), False: ("no", "does not hold"), None: ("open", "cannot be said")},
+        claim_kinds={True: "yes", False: "no", None: "open"},
     )
     # a path that is no UTF-8 comes out of JSON as a lone surrogate, which no file can hold
     return page.encode("utf-8", "replace").decode("utf-8") + "\n"

@@ -28,7 +28,7 @@ from supar_sweep.errors import ConfigError
 
 from . import style
 from .basins import basin_sets
-from .frames import check_axes, check_metric, single_values, where
+from .frames import check_axes, check_metric, having, refuse_mixed, single_values, where
 from .smooth import CONFIDENCE
 from .wiener import Array
 
@@ -118,26 +118,24 @@ def scaling(
         fixed: values of other axes to keep.
 
     Raises:
-        ConfigError: an unknown axis, or lines that mix several values of an axis.
+        ConfigError: an unknown axis, or points that mix several values of one.
     """
     check_axes(table, col=col)
     check_metric(metric)
     if col in ("density", "width", "lr"):
         raise ConfigError("col", "has no effect on a fit over it", value=col, allowed="another axis")
     kept = where(table, fixed or {})
+    refuse_mixed(kept, "a point of the fit", ("width", "density", col), ("lr",))
     found: dict[str, list[Point]] = {}
-    for basins in basin_sets(table, metric, col=col, fixed=fixed):
+    for basins in basin_sets(kept, metric, col=col):
         for panel in basins.panels:
             for line in panel.lines:
-                known = {**basins.fixed, **line.tied}
-                if "n_layer" not in basins.fixed:
-                    raise ConfigError("where.n_layer", "the fit is of one depth", allowed="one of them")
-                place = {"width": known["width"], "density": line.hue}
-                rows = kept[np.isclose(kept["width"], place["width"]) & np.isclose(kept["density"], place["density"])]
+                width = float({**basins.fixed, **line.tied}["width"])
                 best = line.optimum.best_loss
                 if best is not None:
+                    rows = having(having(kept, "width", width), "density", line.hue)
                     live = float(rows["live_parameters"].iloc[0])
-                    point = Point(float(place["width"]), float(line.hue), live, best, line.optimum.censored)
+                    point = Point(width, float(line.hue), live, best, line.optimum.censored)
                     found.setdefault(panel.col, []).append(point)
     panels = []
     for name, points in found.items():

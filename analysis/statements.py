@@ -21,6 +21,11 @@ class Statement:
     numbers: dict[str, float | None]
     note: str = ""
 
+    @property
+    def answer(self) -> str:
+        """Whether it holds, in words."""
+        return {True: "holds", False: "does not hold", None: "cannot be said"}[self.holds]
+
     def as_dict(self) -> dict[str, Any]:
         """Return the statement as summary.json holds it."""
         return asdict(self)

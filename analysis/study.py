@@ -20,7 +20,7 @@ from . import style
 
 End = Literal["done", "diverged", "failed", "running"]
 
-NAMES = {"lr": "Learning rate", "init_std": "Init std", "alpha_in": r"$\alpha_{in}$", "alpha_out": r"$\alpha_{out}$"}
+NAMES = {"alpha_in": r"$\alpha_{in}$", "alpha_out": r"$\alpha_{out}$"}
 _EXCESS_SHOWN = 0.5
 """A trial's loss further above the best (relative) stands at the top edge."""
 
@@ -126,7 +126,7 @@ def draw(found: Study) -> Figure:
         for axes, name in zip(grid[1:], found.names, strict=True):
             xs = [math.log2(trial.params[name]) for trial in found.trials if trial.params.get(name, 0) > 0]
             _points(axes, found, lambda trial, name=name: _log2(trial, name), colors, top)
-            axes.set_xlabel(NAMES.get(name, name))
+            axes.set_xlabel(NAMES.get(name, style.axis_name(name)))
             style.log2_ticks(axes, 2 * (max(xs) - min(xs)))
         grid[0].set_ylim(low, top)
         counts = {

@@ -6,7 +6,6 @@ parameters that is undone on leaving: the caller's own plots look as before.
 
 from __future__ import annotations
 
-import csv
 import io
 import math
 import re
@@ -14,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -23,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MultipleLocator
 
 from supar_sweep.sweep.files import write_file
+from supar_sweep.sweep.tables import render
 
 DPI = 220
 COLUMN_IN = 3.35
@@ -107,6 +107,11 @@ class Look:
     color: str
     marker: str = "o"
     dashes: tuple[float, ...] = ()
+
+    @property
+    def linestyle(self) -> tuple[float, tuple[float, ...]] | Literal["-"]:
+        """The dashes as matplotlib takes them."""
+        return (0, self.dashes) if self.dashes else "-"
 
 
 @contextmanager
@@ -196,6 +201,14 @@ def fixed_text(fixed: Mapping[str, Any], but: Sequence[str] = ()) -> str:
     return ", ".join(value_text(axis, fixed[axis]) for axis in shown if axis in fixed and axis not in but)
 
 
+def seeds_text(few: int, many: int) -> str:
+    """Return of how many seeds a figure's points are: "2 to 3 seeds, mean +- standard error"; of one, no error is drawn."""
+    if many < 2:
+        return f"{many} seed"
+    counted = f"{many}" if few == many else f"{few} to {many}"
+    return f"{counted} seeds, mean \N{PLUS-MINUS SIGN} standard error"
+
+
 def heading(drawn: Figure, text: str) -> None:
     """Write what a figure's lines have in common above it, broken where the figure is narrow."""
     letters = int(drawn.get_figwidth() * 13)
@@ -281,11 +294,11 @@ def legend(drawn: Figure, handles: Sequence[Any], labels: Sequence[str], **more:
     )
 
 
-def save(drawn: Figure, stem: Path, formats: Sequence[str] = ("png", "pdf")) -> list[Path]:
+def save(drawn: Figure, stem: Path) -> list[Path]:
     """Write `stem`.png and `stem`.pdf; return their paths. Raises RecordError where they cannot be written."""
     written = []
     with look():
-        for kind in formats:
+        for kind in ("png", "pdf"):
             path = stem.with_name(f"{stem.name}.{kind}")
             # No date in the file: the same data give the same bytes.
             metadata = {"CreationDate": None} if kind == "pdf" else {}
@@ -305,8 +318,4 @@ def save_with_data(drawn: Figure, rows: Sequence[Mapping[str, Any]], stem: Path)
         stem: path without the ending.
     """
     written = save(drawn, stem)
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(name for row in rows for name in row)))
-    writer.writeheader()
-    writer.writerows(rows)
-    return [*written, write_file(stem.with_name(f"{stem.name}.csv"), text.getvalue())]
+    return [*written, write_file(stem.with_name(f"{stem.name}.csv"), render(rows, format="csv"))]

@@ -48,18 +48,19 @@ def verdict_rows(found: Sequence[Entry], text: bool = True) -> list[dict[str, An
             "width": entry.width,
             "density": f"{entry.density:g}",
             "n_seeds": entry.n_seeds,
-            name_of_optimum: _value(entry.log2_opt, entry.bound, entry.bound_side, "{:.2f}"),
+            name_of_optimum: value_or_bound(entry.log2_opt, entry.bound, entry.bound_side, "{:.2f}"),
             "ci": "-" if entry.ci is None else f"[{entry.ci[0]:.2f}, {entry.ci[1]:.2f}]",
-            "shift_octaves": _value(entry.shift_octaves, entry.shift_bound, entry.shift_bound_side, "{:+.2f}"),
-            "regret": _regret(entry, entry.regret, "{:.4f}"),
-            "regret_percent": _regret(entry, entry.regret_percent, "{:.2f}"),
+            "shift_octaves": value_or_bound(entry.shift_octaves, entry.shift_bound, entry.shift_bound_side, "{:+.2f}"),
+            "regret": regret_text(entry, entry.regret, "{:.4f}"),
+            "regret_percent": regret_text(entry, entry.regret_percent, "{:.2f}"),
             "loss_at_optimum": "-" if entry.loss_at_optimum is None else f"{entry.loss_at_optimum:.4f}",
         }
         for entry in found
     ]
 
 
-def _value(value: float | None, bound: float | None, side: str | None, form: str) -> str:
+def value_or_bound(value: float | None, bound: float | None, side: str | None, form: str) -> str:
+    """Return a value in the given form, else its bound as ">= 2.1", else "-"."""
     if value is not None:
         return form.format(value)
     if bound is not None:
@@ -67,7 +68,8 @@ def _value(value: float | None, bound: float | None, side: str | None, form: str
     return "-"
 
 
-def _regret(entry: Entry, value: float | None, form: str) -> str:
+def regret_text(entry: Entry, value: float | None, form: str) -> str:
+    """Return the entry's regret, in whatever unit `value` has, in the given form; ">= " before a lower bound."""
     if value is None:
         return "-"
     return f"{'>= ' if entry.regret_is_lower_bound else ''}{form.format(value)}"

@@ -118,3 +118,15 @@ def test_axes_of_the_fit_itself_are_refused() -> None:
     few = table()
     drawn = draw(scaling(few[few["width"] == 64]))
     assert "no fit" in drawn.axes[0].texts[0].get_text()
+
+
+@pytest.mark.parametrize("axis", ["n_layer", "batch_seqs"])
+def test_points_that_mix_values_of_another_axis_are_refused(axis: str) -> None:
+    once = table()
+    once[axis] = 2
+    again = once.copy()
+    again[axis], again["cell_id"] = 4, again["cell_id"] + "-4"
+    both = pd.concat([once, again], ignore_index=True)
+    with pytest.raises(ConfigError, match=rf"where\.{axis}"):
+        scaling(both)
+    assert scaling(both, fixed={axis: 2}).panels[0].fit == scaling(once).panels[0].fit

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from supar_sweep.cli.launch import check_corpora
-from supar_sweep.cli.output import emit, say
+from supar_sweep.cli.output import emit, say, say_written
 from supar_sweep.cli.progress import Live
 from supar_sweep.cli.rooms import room
 from supar_sweep.cli.settings import Settings
@@ -116,9 +116,8 @@ def draw(rows: list[dict[str, Any]], config: CheckConfig, folder: Path, format: 
     for name, axes in answers.items():
         for axis, (answer, reason) in axes.items():
             say(f"{name} over {axis}: {answer} ({reason})")
-    say("a check that passes is evidence, not a proof, that hyperparameters transfer")
-    for path in (*written, folder / "coord_check.json"):
-        say(f"wrote {path}")
+    say(coordinates.CAVEAT)
+    say_written([*written, folder / "coord_check.json"])
 
 
 def _rounded(row: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from supar_sweep.sweep.tables import render
@@ -29,3 +30,9 @@ def emit(
 def say(text: str = "") -> None:
     """Write a line to stderr."""
     print(text, file=sys.stderr, flush=True)
+
+
+def say_written(paths: Iterable[Path]) -> None:
+    """Name the files that were written, a line each."""
+    for path in paths:
+        say(f"wrote {path}")

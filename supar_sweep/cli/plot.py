@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from supar_sweep.cli.coord_check import check_config, read_rows
 from supar_sweep.cli.coord_check import draw as draw_check
 from supar_sweep.cli.grid import note_unread
 from supar_sweep.cli.launch import experiment_of
-from supar_sweep.cli.output import emit, say
+from supar_sweep.cli.output import emit, say, say_written
 from supar_sweep.cli.rooms import room
 from supar_sweep.cli.settings import FIGURE, Settings
 from supar_sweep.config.decode import decode
@@ -49,22 +49,6 @@ NO_PANELS = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlotConfig:
-    """conf/_figure.yaml and conf/_plot.yaml."""
-
-    figure: str = setting("what is drawn", choices=tuple(KINDS))
-    x: str | None = setting("axis")
-    hue: str | None = setting("axis of the lines")
-    col: str | None = setting("axis of the panels")
-    where: Mapping[str, Any] = setting("axis -> the value that is drawn")
-    metric: str = setting("what is drawn", choices=("train_loss", "val_loss"))
-    reference: float | None = setting("value of hue (pareto: of x) whose optimum is transferred")
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-
-
-@dataclass(frozen=True, kw_only=True)
 class MetricConfig:
     """conf/_plot.yaml."""
 
@@ -72,6 +56,18 @@ class MetricConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotConfig(MetricConfig):
+    """conf/_figure.yaml and conf/_plot.yaml."""
+
+    figure: str = setting("what is drawn", choices=tuple(KINDS))
+    x: str | None = setting("axis")
+    hue: str | None = setting("axis of the lines")
+    col: str | None = setting("axis of the panels")
+    where: Mapping[str, Any] = setting("axis -> the value that is drawn")
+    reference: float | None = setting("value of hue (pareto: of x) whose optimum is transferred")
 
 
 def plot(settings: Settings) -> int:
@@ -115,7 +111,7 @@ def plot(settings: Settings) -> int:
     data = module.data_rows(found)
     written = module.save(module.draw(found), found, stem)
     emit(data, format=settings.format)
-    _say_written(written)
+    say_written(written)
     return 0
 
 
@@ -163,20 +159,16 @@ def draw_basins(
     sets = basins.basin_sets(table, metric, **(axes or {}), fixed=where, reference=reference)
     written: list[Path] = []
     for each in sets:
-        written += figure.save(figure.draw(each), each, folder / (name + _of_part(each, sets)))
+        written += figure.save(figure.draw(each), each, folder / (name + _of_part(basins.told_apart(each, sets))))
     entries: list[Any] = verdict.entries(sets)
     whole = name == "lr_basins"
     claims = statements.quickstart_statements(entries) if whole else []
     written += verdict.write(entries, folder, [claim.as_dict() for claim in claims], "" if whole else f"{name}-")
-    for answer in verdict.verdicts(entries):
-        say(f"{answer.parameterization}: {answer.answer} ({answer.reason})")
+    say_verdicts(verdict.verdicts(entries))
     for claim in claims:
-        say(f"{_HOLDS[claim.holds]}: {claim.text}" + (f" ({claim.note})" if claim.note else ""))
-    _say_written(written)
+        say(f"{claim.answer}: {claim.text}" + (f" ({claim.note})" if claim.note else ""))
+    say_written(written)
     return entries
-
-
-_HOLDS = {True: "holds", False: "does not hold", None: "cannot be said"}
 
 
 def emit_verdict(entries: list[Any], format: str) -> None:
@@ -185,12 +177,15 @@ def emit_verdict(entries: list[Any], format: str) -> None:
     emit(tables.verdict_rows(entries, text=format == "table"), format=format)
 
 
-def _of_part(each: Any, sets: list[Any]) -> str:
+def say_verdicts(verdicts: Iterable[Any]) -> None:
+    """Write each parameterization's verdict to stderr."""
+    for verdict in verdicts:
+        say(f"{verdict.parameterization}: {verdict.answer} ({verdict.reason})")
+
+
+def _of_part(apart: Mapping[str, Any]) -> str:
     """Return what tells this figure's file from those of the other parts: -width512-n_layer4."""
-    apart = [axis for axis in each.fixed if len({str(other.fixed.get(axis)) for other in sets}) > 1]
-    return "".join(
-        f"-{axis}{each.fixed[axis]:g}" if _number(each.fixed[axis]) else f"-{each.fixed[axis]}" for axis in apart
-    )
+    return "".join(f"-{axis}{value:g}" if _number(value) else f"-{value}" for axis, value in apart.items())
 
 
 def _number(value: Any) -> bool:
@@ -235,10 +230,5 @@ def _study(settings: Settings) -> int:
     found = module.study(trials, name, metric, confirmed)
     written = module.save(module.draw(found), found, folder / "study")
     emit(module.data_rows(found), format=settings.format)
-    _say_written(written)
+    say_written(written)
     return 0
-
-
-def _say_written(written: list[Path]) -> None:
-    for path in written:
-        say(f"wrote {path}")

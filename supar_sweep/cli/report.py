@@ -10,8 +10,8 @@ from typing import Any
 
 from supar_sweep.cli.grid import note_unread
 from supar_sweep.cli.launch import experiment_of
-from supar_sweep.cli.output import say
-from supar_sweep.cli.plot import emit_verdict, live_hidden_weights, metric_of
+from supar_sweep.cli.output import say_written
+from supar_sweep.cli.plot import emit_verdict, live_hidden_weights, metric_of, say_verdicts
 from supar_sweep.cli.rooms import room
 from supar_sweep.cli.settings import Settings
 from supar_sweep.errors import RecordError
@@ -36,9 +36,8 @@ def report(settings: Settings) -> int:
     found, path = write_report(experiment, frozen, metric)
     if found.entries:
         emit_verdict(list(found.entries), settings.format)
-    for verdict in found.verdicts:
-        say(f"{verdict.parameterization}: {verdict.answer} ({verdict.reason})")
-    say(f"wrote {path}")
+    say_verdicts(found.verdicts)
+    say_written([path])
     return 0
 
 
@@ -65,7 +64,7 @@ def write_report(experiment: Experiment, frozen: Plan, metric: str) -> tuple[Any
             results=results,
             curve_of=lambda this: cells[this].metrics(),
             study=_study(experiment, frozen, module),
-            unfinished_s=sum(_unfinished_s(folder) for this, folder in cells.items()),
+            unfinished_s=sum(map(_unfinished_s, cells.values())),
             metric=metric,
             argv=list(sys.argv),
             made=time.strftime("%Y-%m-%d %H:%M %z"),
