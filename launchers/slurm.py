@@ -7,9 +7,7 @@ died without one is waited for without end where a site has no accounting.
 
 from __future__ import annotations
 
-import shlex
 import shutil
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -23,14 +21,14 @@ from supar_sweep.sweep.arrays import ArrayFolder, OwnRecord, is_of, own_record
 from supar_sweep.sweep.files import write_file
 from supar_sweep.sweep.jobs import Event, Job, folder_of
 from supar_sweep.sweep.records import CellFolder, End
-from supar_sweep.training.environment import LAUNCH_ENV
 from supar_sweep.training.slurm_job import SETTLED
 from supar_sweep.training.worker import RUN_CELLS
 
-from .local import LAST_WORDS_CHARS, THREAD_VARIABLES, search_path
+from .local import LAST_WORDS_CHARS
 from .slurm_config import SlurmConfig
 from .slurm_follow import Queued, in_queue
-from .slurm_queue import Refused, Slurm, environment_of_job
+from .slurm_queue import Refused, Slurm
+from .slurm_script import parallelism, submission_script
 from .state import Report, Verdict, judge, live_state, words_of_its_own
 
 TICK_S = 0.2
@@ -167,7 +165,15 @@ class SlurmLauncher:
         job_id = known.get(array.job_name)
         if job_id is None:
             script = array.path / "submission.sh"
-            write_file(script, self.script(array, len(batch.groups), batch.at_once))
+            text = submission_script(
+                self._config,
+                array,
+                n=len(batch.groups),
+                at_once=batch.at_once,
+                threads=self._threads,
+                function=self._function,
+            )
+            write_file(script, text)
             job_id = self._slurm.sbatch(script)
         array.note_submitted(job_id)
         for index, group in enumerate(batch.groups):
@@ -187,52 +193,6 @@ class SlurmLauncher:
         else:
             message = f"sbatch refused: {refused}"
             self._events += [Event(job["cell_id"], "failed", message) for group in batch.groups for job in group]
-
-    def script(self, array: ArrayFolder, n: int, at_once: int) -> str:
-        """Return the batch script of an array.
-
-        Args:
-            array: its folder.
-            n: elements.
-            at_once: how many of them may run at once.
-        """
-        from submitit import SlurmExecutor
-
-        config = self._config
-        further = {name.replace("_", "-"): value for name, value in config.sbatch.items()}
-        wanted = {
-            "partition": config.partition,
-            "account": config.account,
-            "qos": config.qos,
-            "constraint": config.constraint,
-            "gpus_per_node": config.gpus_per_node,
-            "mem": f"{round(config.mem_gb * 1024)}M" if config.mem_gb is not None else None,
-        }
-        executor = SlurmExecutor(array.path)
-        executor.update_parameters(
-            **{name: value for name, value in wanted.items() if value is not None},
-            job_name=array.job_name,
-            wckey=None,  # submitit has one of its own, which a site that keeps a list of them refuses
-            time=config.timeout_min,
-            nodes=1,
-            ntasks_per_node=1,
-            cpus_per_task=config.cpus,
-            array_parallelism=at_once,
-            signal_delay_s=config.signal_delay_s,
-            stderr_to_stdout=True,
-            setup=[*self._environment(), *config.setup],
-            srun_args=["--cpus-per-task", str(config.cpus)],  # srun stopped inheriting it in 22.05
-            additional_parameters={"requeue": True, **further},
-        )
-        executor.parameters["map_count"] = n
-        # -P: the working folder is not where modules come from, unless PYTHONPATH says so
-        words = [sys.executable, "-P", "-u", "-m", "supar_sweep.training.slurm_job", str(array.path), self._function]
-        limits = [str(config.timeout_min * 60), str(config.signal_delay_s)]
-        return executor._make_submission_file_text(shlex.join([*words, *limits]), array.key)
-
-    def _environment(self) -> list[str]:
-        threads = dict.fromkeys(THREAD_VARIABLES, str(self._threads))
-        return environment_of_job({**LAUNCH_ENV, **threads, "PYTHONPATH": search_path()})
 
     # -- arrays of a launcher that is gone ---------------------------------------------------------
 
@@ -364,24 +324,3 @@ class _Element:
 
 def _folders(group: Sequence[Job]) -> dict[str, CellFolder]:
     return {job["cell_id"]: folder_of(job) for job in group}
-
-
-def parallelism(sizes: Sequence[int], at_once: int) -> list[int]:
-    """Return how many elements of each array may run at once, so that all together are `at_once`, and each at least one.
-
-    Args:
-        sizes: elements of each array, >= 1.
-        at_once: elements that may run at once, >= 1.
-
-    >>> parallelism([1000, 1000, 500], 64)
-    [26, 25, 13]
-    >>> parallelism([3, 3], 1)
-    [1, 1]
-    """
-    shares = []
-    left, to_share = at_once, sum(sizes)
-    for size in sizes:
-        share = min(size, max(1, round(left * size / to_share)))
-        shares.append(share)
-        left, to_share = max(0, left - share), to_share - size
-    return shares

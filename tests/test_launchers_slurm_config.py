@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from launchers.slurm import parallelism
 from launchers.slurm_config import SlurmConfig, options_in
 from launchers.slurm_queue import Refused, read_accounts
+from launchers.slurm_script import parallelism
 from supar_sweep.cli.compose import register_resolvers
 from supar_sweep.cli.rooms import conf_dir
 from supar_sweep.config.decode import decode

@@ -1,0 +1,87 @@
+"""The batch script of an array: submitit writes it, from the launcher's settings and from what they do not say."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+
+from supar_sweep.sweep.arrays import ArrayFolder
+from supar_sweep.training.environment import LAUNCH_ENV
+
+from .local import THREAD_VARIABLES, search_path
+from .slurm_config import SlurmConfig
+from .slurm_queue import environment_of_job
+
+
+def submission_script(
+    config: SlurmConfig, array: ArrayFolder, *, n: int, at_once: int, threads: int, function: str
+) -> str:
+    """Return the batch script of an array.
+
+    Args:
+        config: conf/launcher/slurm.yaml.
+        array: its folder.
+        n: elements.
+        at_once: how many of them may run at once.
+        threads: of each process.
+        function: what an element calls with its group, "module:name".
+    """
+    from submitit import SlurmExecutor
+
+    further = {name.replace("_", "-"): value for name, value in config.sbatch.items()}
+    wanted = {
+        "partition": config.partition,
+        "account": config.account,
+        "qos": config.qos,
+        "constraint": config.constraint,
+        "gpus_per_node": config.gpus_per_node,
+        "mem": f"{round(config.mem_gb * 1024)}M" if config.mem_gb is not None else None,
+    }
+    executor = SlurmExecutor(array.path)
+    executor.update_parameters(
+        **{name: value for name, value in wanted.items() if value is not None},
+        job_name=array.job_name,
+        wckey=None,  # submitit has one of its own, which a site that keeps a list of them refuses
+        time=config.timeout_min,
+        nodes=1,
+        ntasks_per_node=1,
+        cpus_per_task=config.cpus,
+        array_parallelism=at_once,
+        signal_delay_s=config.signal_delay_s,
+        stderr_to_stdout=True,
+        setup=[*_environment(threads), *config.setup],
+        srun_args=["--cpus-per-task", str(config.cpus)],  # srun stopped inheriting it in 22.05
+        additional_parameters={"requeue": True, **further},
+    )
+    executor.parameters["map_count"] = n
+    # -P: the working folder is not where modules come from, unless PYTHONPATH says so
+    words = [sys.executable, "-P", "-u", "-m", "supar_sweep.training.slurm_job", str(array.path), function]
+    limits = [str(config.timeout_min * 60), str(config.signal_delay_s)]
+    return executor._make_submission_file_text(shlex.join([*words, *limits]), array.key)
+
+
+def _environment(threads: int) -> list[str]:
+    variables = dict.fromkeys(THREAD_VARIABLES, str(threads))
+    return environment_of_job({**LAUNCH_ENV, **variables, "PYTHONPATH": search_path()})
+
+
+def parallelism(sizes: Sequence[int], at_once: int) -> list[int]:
+    """Return how many elements of each array may run at once, so that all together are `at_once`, and each at least one.
+
+    Args:
+        sizes: elements of each array, >= 1.
+        at_once: elements that may run at once, >= 1.
+
+    >>> parallelism([1000, 1000, 500], 64)
+    [26, 25, 13]
+    >>> parallelism([3, 3], 1)
+    [1, 1]
+    """
+    shares = []
+    left, to_share = at_once, sum(sizes)
+    for size in sizes:
+        share = min(size, max(1, round(left * size / to_share)))
+        shares.append(share)
+        left, to_share = max(0, left - share), to_share - size
+    return shares
