@@ -69,7 +69,7 @@ class SlurmLauncher:
         self._left_over: dict[str, Queued] = {}
         self._events: list[Event] = []
         self._cancelled = False
-        self._submit_at_s = self._look_at_s = self._left_over_until_s = 0.0
+        self._submit_at_s = self._look_at_s = self._withdraw_at_s = self._left_over_until_s = 0.0
 
     # -- the protocol ------------------------------------------------------------------------------
 
@@ -95,16 +95,31 @@ class SlurmLauncher:
                 return found
             time.sleep(min(TICK_S, deadline_s - now_s))
 
+    def withdraw(self) -> set[str]:
+        """Take back what has not begun, and return its cells. While the controller is away, what is in the queue stays there:
+        the next call asks for it again.
+        """
+        back = {job["cell_id"] for job in self._kept_back()}
+        waiting = {each: element for each, element in self._elements.items() if not element.begun}
+        if not waiting or time.monotonic() < self._withdraw_at_s:
+            return back
+        names = sorted({element.array.job_name for element in waiting.values()})
+        queue = self._slurm.queue(names) or {}
+        pending = [each for each in waiting if each in queue and queue[each].to_begin]
+        self._slurm.cancel(pending, now=False)
+        left = self._slurm.queue(names) if pending else None
+        for each in pending if left is not None else ():
+            if left and each in left and left[each].live:
+                continue  # it has begun since: its end will be told
+            del self._elements[each]
+            back |= waiting[each].waiting.keys()
+        self._withdraw_at_s = time.monotonic() + self._config.poll_s
+        return back
+
     def cancel(self, *, now: bool = False) -> None:
         """Drop what was not submitted; have SLURM end the rest: asked to save first, or killed `now`."""
         self._cancelled = True
-        kept_back = [*self._gathered, *(group for batch in self._batches for group in batch.groups)]
-        self._events += [Event(job["cell_id"], "cancelled") for group in kept_back for job in group]
-        for batch in self._batches:
-            if batch.array is not None:
-                self._slurm.cancel_name(batch.array.job_name)
-        self._gathered.clear()
-        self._batches.clear()
+        self._events += [Event(job["cell_id"], "cancelled") for job in self._kept_back()]
         whole = {element.array.key for element in self._elements.values() if not element.adopted}
         ids = {
             each if element.array.key not in whole else each.partition("_")[0]
@@ -131,6 +146,16 @@ class SlurmLauncher:
         """Submit what was gathered, and return the cells that the queue does not take now."""
         self._submit_gathered()
         return {job["cell_id"] for batch in self._batches for group in batch.groups for job in group}
+
+    def _kept_back(self) -> list[Job]:
+        """Drop what is not in the queue yet, and return it."""
+        kept_back = [*self._gathered, *(group for batch in self._batches for group in batch.groups)]
+        for batch in self._batches:
+            if batch.array is not None:  # sbatch did not answer: it may be there all the same
+                self._slurm.cancel_name(batch.array.job_name)
+        self._gathered.clear()
+        self._batches.clear()
+        return [job for group in kept_back for job in group]
 
     # -- submission --------------------------------------------------------------------------------
 
@@ -233,8 +258,9 @@ class SlurmLauncher:
         accounts = self._slurm.accounts(sorted(gone))
         for each, element in list(self._elements.items()):
             report = queue.get(each)
-            if report is not None and report.live and report.state != "RUNNING" and not report.restarts:
-                continue  # not begun yet: its cells' files have nothing to tell
+            if report is not None and report.to_begin:
+                continue  # its cells' files have nothing to tell
+            element.begun = True
             self._judge(each, element, report, accounts.get(each), now_s - (element.gone_s or now_s))
             if not element.waiting:
                 del self._elements[each]
@@ -275,7 +301,7 @@ class SlurmLauncher:
         if own.begun and (own.end is None or end != own.end or message != own.message):
             with suppress(RecordError):
                 folder.close_attempt(ENDS[end], message, lambda info: is_of(info, array.key))
-        return Event(folder.cell_id, end, message, died)
+        return Event(folder.cell_id, end, message, died, wanted=verdict.state == "cancelled")
 
 
 ENDS: dict[str, End] = {
@@ -313,6 +339,7 @@ class _Element:
         gone_s: when it was first seen to be neither waiting nor running (time.monotonic); None = it is.
         adopted: submitted by an earlier launcher.
         releases: how often it was let go after a node could not start it.
+        begun: it was seen to have begun, or to be gone.
     """
 
     array: ArrayFolder
@@ -320,6 +347,7 @@ class _Element:
     gone_s: float | None = None
     adopted: bool = False
     releases: int = 0
+    begun: bool = False
 
 
 def _folders(group: Sequence[Job]) -> dict[str, CellFolder]:

@@ -63,6 +63,11 @@ class Report(NamedTuple):
         return self.state in WAITING | HELD | AT_WORK
 
     @property
+    def to_begin(self) -> bool:
+        """Whether the element is in the queue and no process of it has run."""
+        return self.state in WAITING | HELD and not self.restarts
+
+    @property
     def launch_failed(self) -> bool:
         """Whether SLURM holds the element because a node could not start it, and not because somebody wanted that."""
         return self.state in WAITING | HELD and "launch failed" in self.reason.lower().replace("_", " ")
@@ -135,8 +140,10 @@ def live_state(queue: Report) -> str:
 def _ended(own: OwnRecord, said: Report | None, last_words: str) -> Verdict:
     state = ENDED.get(said.state, "unknown") if said else ("stale" if own.begun else "missing")
     if own.end is not None:  # it saved and left, and SLURM did not start it again
-        stronger = state in ("preempted", "node-failed", "timeout")
-        return Verdict(state if stronger else own.end, own.message, settled=True)
+        if state not in ("preempted", "node-failed", "timeout", "cancelled"):
+            # a process that hears of a preemption says so: no other record tells it from a scancel
+            state = "preempted" if own.message.startswith("preempted") else own.end
+        return Verdict(state, own.message, settled=True)
     if state in ("failed", "stale", "unknown") and OOM_TEXT.search(last_words):
         state = "oom"
     if state == "oom":

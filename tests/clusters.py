@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +14,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 SCRIPT = Path(__file__).resolve().parent.parent / "launchers" / "dev_cluster.sh"
+PORTS = range(17100, 30000, 100)
+"""First ports to choose from: below what the kernel gives out by itself, and not the script's own."""
 
 
 def dev_cluster(command: str, **knobs: object) -> subprocess.CompletedProcess[str]:
@@ -106,13 +110,24 @@ class Cluster:
         self.wait_for(lambda: self.field(job, "JobState") in states, timeout_s)
 
 
+def free_ports(n: int = 40) -> int:
+    """The first of so many ports that nobody listens at: several suites may run on one machine."""
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        with suppress(OSError):
+            for each in range(port, port + n):
+                with socket.create_server(("127.0.0.1", each)):
+                    pass
+            return port
+    raise AssertionError(f"no {n} ports on end are free in {PORTS}")
+
+
 @contextmanager
 def cluster(**knobs: object) -> Iterator[Cluster]:
     """A cluster of the knobs, brought down at the end."""
     with TemporaryDirectory(prefix="supar-slurm-") as parent:
         Path(parent).chmod(0o755)  # munged wants every folder above its socket to be passable
         folder = Path(parent) / "c"
-        up = dev_cluster("up", folder=folder, **knobs)
+        up = dev_cluster("up", **{"folder": folder, "port": free_ports(), **knobs})
         assert up.returncode == 0, up.stderr
         try:
             yield Cluster(folder)
