@@ -15,6 +15,8 @@ SET_ELSEWHERE: Mapping[str, str] = {
     "account": "account",
     "qos": "qos",
     "constraint": "constraint",
+    "nodes": "nodes",
+    "ntasks-per-node": "tasks_per_node",
     "gpus-per-node": "gpus_per_node",
     "cpus-per-task": "cpus",
     "mem": "mem_gb",
@@ -26,7 +28,7 @@ SET_ELSEWHERE: Mapping[str, str] = {
 
 FIXED = (
     *("job-name", "output", "error", "open-mode", "requeue", "no-requeue", "wrap", "parsable", "wait", "test-only"),
-    *("nodes", "ntasks", "ntasks-per-node", "help", "usage", "version", "clusters"),
+    *("ntasks", "help", "usage", "version", "clusters"),
 )
 """Those that the launcher needs as they are."""
 
@@ -41,10 +43,14 @@ class SlurmConfig:
     account: str | None = setting("account; null = yours by default")
     qos: str | None = setting("quality of service; null = the default")
     constraint: str | None = setting("features that a node must have; null = any node")
-    gpus_per_node: int | None = setting("GPUs of an element; null = none asked for", ge=1)
+    nodes: int = setting("nodes of an element; on several, all train each cell together", ge=1)
+    tasks_per_node: int | None = setting(
+        "processes on each node that train a cell together; null = one a GPU, or one", ge=1
+    )
+    gpus_per_node: int | None = setting("GPUs of an element on each node; null = none asked for", ge=1)
     gpu_memory_gb: float | None = setting("memory of a GPU: how many small cells fit; null without GPUs", gt=0)
-    cpus: int = setting("cores of an element", ge=1)
-    mem_gb: float | None = setting("memory of an element; null = the partition's default", gt=0)
+    cpus: int = setting("cores of each process", ge=1)
+    mem_gb: float | None = setting("memory of an element on each node; null = the partition's default", gt=0)
     timeout_min: int = setting("time limit; a cell that reaches it is saved and requeued", ge=1)
     array_parallelism: int = setting("elements that run at once", ge=1)
     max_elements: int = setting("elements in the queue at once, the running ones counted", ge=1)
@@ -71,10 +77,27 @@ class SlurmConfig:
             raise ConfigError(
                 "gpu_memory_gb", "does not go with gpus_per_node", value=self.gpu_memory_gb, allowed=allowed
             )
+        if self.gpus_per_node is not None and self.tasks_per_node not in (None, self.gpus_per_node):
+            raise ConfigError(
+                "tasks_per_node",
+                f"does not go with gpus_per_node={self.gpus_per_node}: a process has one GPU, and every GPU a process",
+                value=self.tasks_per_node,
+                allowed="null",
+            )
         if self.signal_delay_s >= self.timeout_min * 60:
             raise ConfigError(
                 "signal_delay_s", "leaves no time before it", value=self.signal_delay_s, allowed="< 60 * timeout_min"
             )
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Processes on each node of an element."""
+        return self.tasks_per_node or self.gpus_per_node or 1
+
+    @property
+    def ranks(self) -> int:
+        """Processes that train a cell together."""
+        return self.nodes * self.ranks_per_node
 
     def check_options(self, known: Collection[str]) -> None:
         """Raise ConfigError for the first further option that sbatch does not have.

@@ -14,7 +14,7 @@ from supar_sweep.cli.rooms import PACKAGE, room
 from supar_sweep.cli.settings import Settings
 from supar_sweep.config.decode import decode
 from supar_sweep.config.fields import check_ranges, setting
-from supar_sweep.config.schema import CellConfig, DataConfig
+from supar_sweep.config.schema import CellConfig, DataConfig, check_ranks
 from supar_sweep.errors import ConfigError
 from supar_sweep.sweep.cohorts import Price
 from supar_sweep.sweep.grid import GridPoint
@@ -155,6 +155,7 @@ def freeze(settings: Settings) -> Grid:
     )
     cells = {row["cell_id"]: point.cell for row, point in zip(plan.points, points, strict=True)}
     check_corpora(cells.values())
+    check_shares(settings, cells.values())
     return Grid(plan, cells)
 
 
@@ -170,6 +171,25 @@ def check_corpora(cells: Iterable[CellConfig]) -> None:
     }
     for data, batch_seqs, context_tokens, eval_seqs in asked:
         check_files(data, batch_seqs=batch_seqs, context_tokens=context_tokens, eval_seqs=eval_seqs)
+
+
+def check_shares(settings: Settings, cells: Iterable[CellConfig]) -> None:
+    """Raise ConfigError for the first cell whose batches the launcher's processes cannot share.
+
+    Args:
+        settings: which launcher.
+        cells: that are to be trained.
+    """
+    config, cohort = launcher_config(settings), settings.runtime().cohort
+    if isinstance(config, LocalConfig) or config.ranks == 1:
+        return
+    if cohort not in (None, 1):
+        problem = (
+            f"has no effect where {config.ranks} processes train each cell together (launcher.nodes, gpus_per_node)"
+        )
+        raise ConfigError("runtime.cohort", problem, value=cohort, allowed="1 or null")
+    for cell in cells:
+        check_ranks(cell, config.ranks)
 
 
 def submission_facts(settings: Settings) -> dict[str, Any]:
@@ -197,6 +217,7 @@ def price(settings: Settings, launcher: Launcher) -> Callable[[CellConfig], Pric
         launcher: whose processes share the memory.
     """
     runtime, config = settings.runtime(), launcher_config(settings)
+    over_ranks = not isinstance(config, LocalConfig) and config.ranks > 1
     if isinstance(config, LocalConfig):
         gpus_gb = gpus_for(runtime.device).values()
         device = "cuda" if gpus_gb else "cpu"
@@ -233,7 +254,7 @@ def price(settings: Settings, launcher: Launcher) -> Callable[[CellConfig], Pric
         )
 
     def together(cell: CellConfig) -> int:
-        if cell.train.target is not None or runtime.compile:
+        if cell.train.target is not None or runtime.compile or over_ranks:
             return 1
         return runtime.cohort or most_together(cell, device=device, free_gb=free_gb)
 

@@ -1,12 +1,15 @@
 """One element of a job array: trains its group of cells, and leaves so that SLURM does the right thing next.
 
-    python -m supar_sweep.training.slurm_job <array folder> <function> <timeout_s> <signal_delay_s>
+    python -m supar_sweep.training.slurm_job <array folder> <function> <timeout_s> <signal_delay_s> <ranks>
 
     SIGUSR2 near the time limit           timeout: save at the next step, ask SLURM for a requeue, leave with 143
     SIGTERM or SIGUSR2 while the job is   preempted: as above. SLURM has announced a preemption, and would take a process
     still RUNNING for SLURM               that leaves before its grace is over for one that has failed
     SIGTERM at any other time             cancelled: save and leave with 143. SLURM knows what it wants to do next (scancel,
                                           scontrol requeue, a preemption without a grace)
+
+Where an element is several tasks, they train each cell together (ranks.py): what one of them hears holds for all, and rank 0
+alone speaks with SLURM and leaves last.
 
 What the cells' own records say is the truth; the exit code (0, 1 = a cell failed, 143) is for people who read sacct.
 """
@@ -22,6 +25,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -32,6 +36,7 @@ from supar_sweep.sweep.files import read_json, write_json
 from supar_sweep.sweep.jobs import Job, folder_of
 from supar_sweep.training.environment import prepare_process
 from supar_sweep.training.member import Stop
+from supar_sweep.training.ranks import Ranks, join
 from supar_sweep.training.worker import RUN_CELLS, RunCells, find, work
 
 log = logging.getLogger(__name__)
@@ -76,7 +81,8 @@ def main(arguments: Sequence[str]) -> int:
     """Train the element's cells, and return the exit code.
 
     Args:
-        arguments: the array's folder, the function to call ("module:name"), timeout_s, signal_delay_s.
+        arguments: the array's folder, the function to call ("module:name"), timeout_s, signal_delay_s, and how many tasks
+            train a cell together.
     """
     signals = Signals(float(arguments[2]), float(arguments[3]))
     faulthandler.enable()
@@ -87,22 +93,27 @@ def main(arguments: Sequence[str]) -> int:
     restarts, node = int(os.environ.get("SLURM_RESTART_COUNT", "0")), os.environ.get("SLURMD_NODENAME", "")
     log.info("%s on %s, start %d", element, node, restarts + 1)
     jobs = [stamped(job, folder.key, element, node=node, restarts=restarts) for job in folder.groups()[index]]
-    ends = {job["cell_id"]: own_record(folder_of(job), folder.key).end or "" for job in jobs}
+    ranks = join(lambda: signals.why, world_size=int(arguments[4]), device=str(jobs[0]["runtime"]["device"]))
+    ends = ranks.from_first(lambda: {job["cell_id"]: own_record(folder_of(job), folder.key).end or "" for job in jobs})
     left = [job for job in jobs if ends[job["cell_id"]] not in SETTLED]
     if left:
         if function == RUN_CELLS:
             prepare_process(int(left[0]["runtime"]["threads"]))
         before = {job["cell_id"]: steps_done(job) for job in left}
-        ends |= train(left, find(function), signals)
+        ends |= train(left, find(function), ranks)
         stopped = [job for job in left if ends[job["cell_id"]] not in SETTLED]
-        if stopped and (signals.why == "preempted" or (signals.why == "timeout" and got_further(stopped, before))):
-            again(element, stopped)
-    if signals.why is not None and any(end not in SETTLED for end in ends.values()):
+        if stopped and ranks.is_first and not ranks.lost:
+            go_on(element, stopped, before, ranks.why())
+    why = ranks.why()
+    ranks.leave()
+    if ranks.lost or not ranks.is_first:
+        return int(ranks.lost)
+    if why is not None and any(end not in SETTLED for end in ends.values()):
         return LEFT
     return int(any(end not in ("done", "diverged") for end in ends.values()))
 
 
-def train(jobs: Sequence[Job], run: RunCells, signals: Signals) -> dict[str, str]:
+def train(jobs: Sequence[Job], run: RunCells, ranks: Ranks) -> dict[str, str]:
     """Return how each cell ended.
 
     A cell that another process holds is waited for: it may be this element's own earlier start, on a node that SLURM has
@@ -110,8 +121,8 @@ def train(jobs: Sequence[Job], run: RunCells, signals: Signals) -> dict[str, str
 
     Args:
         jobs: of the cells.
-        run: trains them.
-        signals: say when to stop.
+        run: trains them; told of its ranks where there are several.
+        ranks: say when to stop.
     """
     ends: dict[str, str] = {}
 
@@ -120,10 +131,12 @@ def train(jobs: Sequence[Job], run: RunCells, signals: Signals) -> dict[str, str
             log.info("%s: %s%s%s", cell_id, end, ": " if message else "", message)
         ends[cell_id] = end
 
+    if ranks.world_size > 1:
+        run = partial(run, ranks=ranks)
     while jobs:
-        work(jobs, run, lambda: signals.why, tell)  # type: ignore[arg-type, return-value]
+        work(jobs, run, ranks.why, tell)  # type: ignore[arg-type]
         jobs = [job for job in jobs if ends[job["cell_id"]] == "busy"]
-        if jobs and signals.why is None:
+        if jobs and ranks.why() is None:
             time.sleep(BUSY_POLL_S)
         elif jobs:
             break
@@ -136,6 +149,19 @@ def state_now() -> str:
         command = ["squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "--Format=State:|"]
         return subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S).stdout.strip().strip("|")
     return ""
+
+
+def go_on(element: str, stopped: Sequence[Job], before: Mapping[str, int], why: Stop | None) -> None:
+    """Ask SLURM to start the element once more where it would not do that by itself, and should.
+
+    Args:
+        element: "<job id>_<index>".
+        stopped: jobs of the cells that were not at their end.
+        before: steps that each had when the element started.
+        why: they were stopped.
+    """
+    if why == "preempted" or (why == "timeout" and got_further(stopped, before)):
+        again(element, stopped)
 
 
 def got_further(stopped: Sequence[Job], before: Mapping[str, int]) -> bool:
