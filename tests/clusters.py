@@ -29,10 +29,11 @@ class Cluster:
 
     Args:
         folder: its folder.
+        port: the first of its ports.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, port: int) -> None:
+        self.folder, self.port = folder, port
         self.environment = {"SLURM_CONF": str(folder / "etc" / "slurm.conf")}
 
     def ask(self, *command: str, check: bool = True) -> str:
@@ -127,10 +128,11 @@ def cluster(**knobs: object) -> Iterator[Cluster]:
     with TemporaryDirectory(prefix="supar-slurm-") as parent:
         Path(parent).chmod(0o755)  # munged wants every folder above its socket to be passable
         folder = Path(parent) / "c"
-        up = dev_cluster("up", **{"folder": folder, "port": free_ports(), **knobs})
+        port = free_ports()
+        up = dev_cluster("up", folder=folder, port=port, **knobs)
         assert up.returncode == 0, up.stderr
         try:
-            yield Cluster(folder)
+            yield Cluster(folder, port)
         finally:
             down = dev_cluster("down", folder=folder)
             assert down.returncode == 0, down.stderr

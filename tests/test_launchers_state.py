@@ -133,8 +133,16 @@ def test_an_element_that_never_began_and_is_gone_is_missing() -> None:
     ],
 )
 def test_one_that_saved_and_was_not_started_again_keeps_its_words(said: str | None, state: str) -> None:
-    found = verdict(OwnRecord("cancelled", "after 3 of 9 steps", begun=True), said)
-    assert found[:3] == (state, "after 3 of 9 steps", True)
+    found = verdict(OwnRecord("cancelled", "cancelled after 3 of 9 steps", begun=True), said)
+    assert found[:3] == (state, "cancelled after 3 of 9 steps", True)
+
+
+@pytest.mark.parametrize("said", ["FAILED", "COMPLETED", "PREEMPTED", None])
+def test_one_that_was_preempted_and_not_requeued_was_not_cancelled_by_anybody(said: str | None) -> None:
+    own = OwnRecord("cancelled", "preempted after 3 of 9 steps; not requeued: no", begun=True)
+    assert verdict(own, said)[:3] == ("preempted", own.message, True)
+    assert verdict(own, "CANCELLED").state == "cancelled", "a scancel while it waits for its new start"
+    assert verdict(OwnRecord("timeout", "timeout after 3 of 9 steps", begun=True), "CANCELLED").state == "cancelled"
 
 
 @pytest.mark.parametrize(
