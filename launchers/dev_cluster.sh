@@ -243,7 +243,7 @@ StateSaveLocation=$folder/state/slurmctld
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1,preempt_send_user_signal
 KillWait=5
-SlurmdTimeout=10
+SlurmdTimeout=20
 UnkillableStepTimeout=20
 MinJobAge=300
 SelectType=select/cons_tres
@@ -286,7 +286,7 @@ trap 'give_up "interrupted"' INT TERM
 daemon munged --key-file="$folder/etc/munge.key" --socket="$socket" --pid-file="$folder/run/munged.pid" \
     --log-file="$folder/log/munged.log" --seed-file="$folder/etc/munge.seed" 2>"$folder/log/munged-start.log" ||
     give_up "munged"
-wait_for 10 sh -c "munge --socket='$socket' -n | unmunge --socket='$socket'" || give_up "munged does not answer"
+wait_for 60 sh -c "munge --socket='$socket' -n | unmunge --socket='$socket'" || give_up "munged does not answer"
 
 if [ "${knob[accounting]}" = true ]; then
     mysql_user=()
@@ -298,7 +298,7 @@ if [ "${knob[accounting]}" = true ]; then
         --innodb-buffer-pool-size=64M --innodb-lock-wait-timeout=900 --innodb-flush-log-at-trx-commit=0 --skip-log-bin \
         </dev/null >"$folder/log/mariadb.log" 2>&1 &
     sql() { mariadb --no-defaults -uroot -S "$folder/run/mariadb.socket" "$@"; }
-    wait_for 30 sql -e 'select 1' || give_up "mariadb does not answer"
+    wait_for 90 sql -e 'select 1' || give_up "mariadb does not answer"
     sql -e "create database slurm_acct_db; create user 'slurm'@'%' identified by 'slurm';
             grant all on slurm_acct_db.* to 'slurm'@'%'"
     cat >"$folder/etc/slurmdbd.conf" <<CONF
@@ -319,7 +319,7 @@ StorageLoc=slurm_acct_db
 CONF
     chmod 600 "$folder/etc/slurmdbd.conf"
     daemon slurmdbd 2>"$folder/log/slurmdbd-start.log" || give_up "slurmdbd"
-    wait_for 60 sacctmgr -n list cluster || give_up "slurmdbd does not answer" # its first start makes the tables
+    wait_for 90 sacctmgr -n list cluster || give_up "slurmdbd does not answer" # its first start makes the tables
     sacctmgr -i add cluster dev >/dev/null || give_up "sacctmgr"
     if [ "${knob[max_submit_jobs]}" -gt 0 ]; then
         { # root is there from the start, with an account of its own
@@ -330,11 +330,11 @@ CONF
 fi
 
 daemon slurmctld 2>"$folder/log/slurmctld-start.log" || give_up "slurmctld"
-wait_for 30 sh -c 'scontrol ping | grep -q UP' || give_up "slurmctld does not answer"
+wait_for 90 sh -c 'scontrol ping | grep -q UP' || give_up "slurmctld does not answer"
 for node in $(seq "${knob[nodes]}"); do
     mkdir -p "$folder/state/n$node"
     daemon slurmd -N "n$node" 2>"$folder/log/slurmd-n$node-start.log" || give_up "slurmd of n$node"
 done
-wait_for 30 all_idle || give_up "not all nodes became idle: $(sinfo -h -N -o '%N is %T (%E)' | tr '\n' ' ')"
+wait_for 90 all_idle || give_up "not all nodes became idle: $(sinfo -h -N -o '%N is %T (%E)' | tr '\n' ' ')"
 trap - INT TERM
 show

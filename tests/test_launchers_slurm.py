@@ -17,7 +17,7 @@ from supar_sweep.sweep.jobs import Event, folder_of, make_job
 from supar_sweep.sweep.records import Store
 from supar_sweep.sweep.status import cell_state
 from tests import cluster_cells
-from tests.clusters import Cluster, cluster
+from tests.clusters import PATIENCE_S, Cluster, cluster
 from tests.fake_cells import loss
 from tests.tiny import tiny_cell, tiny_runtime
 
@@ -59,10 +59,10 @@ def job_of(runs: Path, seed: int, steps: int = 6) -> dict[str, Any]:
     return make_job(Store(runs / "cells"), cell, tiny_runtime(), "data", {})
 
 
-def until(made: SlurmLauncher, jobs: Jobs, timeout_s: float = 120) -> dict[str, Event]:
+def until(made: SlurmLauncher, jobs: Jobs) -> dict[str, Event]:
     """The ends of the jobs: one event each, and no other."""
     ends: dict[str, Event] = {}
-    deadline_s = time.monotonic() + timeout_s
+    deadline_s = time.monotonic() + PATIENCE_S
     while len(ends) < len(jobs):
         assert time.monotonic() < deadline_s, ends
         for event in made.events(1):

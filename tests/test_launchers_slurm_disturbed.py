@@ -61,7 +61,7 @@ def submitted(slurm: Cluster, made: SlurmLauncher, job: Job) -> str:
 
 def hurry(slurm: Cluster, element: str) -> None:
     """Wait until the element is requeued, and no longer than that."""
-    slurm.wait_for(lambda: slurm.field(element, "Restarts") not in ("0", ""), 120)
+    slurm.wait_for(lambda: slurm.field(element, "Restarts") not in ("0", ""))
     slurm.wait_for_state(element, "PENDING", "RUNNING")
     slurm.start_now(element)
 
@@ -85,7 +85,7 @@ def time_limit(slurm: Cluster, runs: Path) -> tuple[Job, Event]:
     with launcher(runs, timeout_min=1, **on(1)) as made:
         element = submitted(slurm, made, job)
         hurry(slurm, element)
-        (event,) = until(made, [job], 200).values()
+        (event,) = until(made, [job]).values()
     return job, event
 
 
@@ -94,7 +94,7 @@ def time_limit_where_the_site_forbids_requeue(slurm: Cluster, runs: Path) -> tup
     job = job_of(runs, 7, steps=1000)
     with launcher(runs, timeout_min=1, **on(1)) as made:
         slurm.ask("scontrol", "update", f"jobid={submitted(slurm, made, job)}", "Requeue=0")
-        (event,) = until(made, [job], 200).values()
+        (event,) = until(made, [job]).values()
     return job, event
 
 
@@ -103,7 +103,7 @@ def time_limit_without_a_step(slurm: Cluster, runs: Path) -> tuple[Job, Event]:
     job = job_of(runs, cluster_cells.STUCK)
     with launcher(runs, timeout_min=1, **on(1)) as made:
         made.submit([job])
-        (event,) = until(made, [job], 200).values()
+        (event,) = until(made, [job]).values()
     return job, event
 
 
@@ -114,7 +114,7 @@ def preempted(slurm: Cluster, runs: Path) -> tuple[Job, Event]:
         element = submitted(slurm, made, job)
         slurm.batch("sleep 1", "-p", "urgent", "--nodelist=n2", "--exclusive")
         hurry(slurm, element)
-        (event,) = until(made, [job], 200).values()
+        (event,) = until(made, [job]).values()
     return job, event
 
 
@@ -125,7 +125,7 @@ def preempted_where_that_cancels(slurm: Cluster, runs: Path) -> tuple[Job, Event
         element = submitted(slurm, made, job)
         slurm.batch("sleep 1", "-p", "urgent", "--nodelist=n3", "--exclusive")
         hurry(slurm, element)
-        (event,) = until(made, [job], 200).values()
+        (event,) = until(made, [job]).values()
     return job, event
 
 
@@ -136,7 +136,7 @@ def requeued_by_hand(slurm: Cluster, runs: Path) -> tuple[Job, Event]:
         element = submitted(slurm, made, job)
         slurm.ask("scontrol", "requeue", element)
         hurry(slurm, element)
-        (event,) = until(made, [job], 200).values()
+        (event,) = until(made, [job]).values()
     return job, event
 
 
@@ -148,7 +148,7 @@ def node_lost(slurm: Cluster, runs: Path) -> tuple[Job, Event]:
         node = starts(job)[0]["provenance"]["slurm"]["node"]
         slurm.kill_node(node, with_jobs=True)
         hurry(slurm, element)
-        (event,) = until(made, [job], 200).values()
+        (event,) = until(made, [job]).values()
     slurm.start_node(node)
     return job, event
 
@@ -161,7 +161,7 @@ def node_given_up_that_works_on(slurm: Cluster, runs: Path) -> tuple[Job, Event]
         node = starts(job)[0]["provenance"]["slurm"]["node"]
         slurm.kill_node(node, with_jobs=False)
         hurry(slurm, element)
-        (event,) = until(made, [job], 200).values()
+        (event,) = until(made, [job]).values()
     slurm.start_node(node)
     return job, event
 

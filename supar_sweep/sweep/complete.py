@@ -233,6 +233,9 @@ class _Run:
             return
         if self.interrupts == 0:
             self.progress.message("stopping: cells save and end (Ctrl-C again kills them)")
+            known = self.launcher.known()
+            for this in known.keys() & set(self.todo):  # an earlier `run` has submitted it: to be cancelled, too
+                self._submit([this])
             self.todo.clear()
             self.elsewhere.clear()
             self.launcher.cancel()
