@@ -69,6 +69,7 @@ class SlurmLauncher:
         self._left_over: dict[str, Queued] = {}
         self._events: list[Event] = []
         self._cancelled = False
+        self._withdrawn: set[str] = set()
         self._submit_at_s = self._look_at_s = self._withdraw_at_s = self._left_over_until_s = 0.0
 
     # -- the protocol ------------------------------------------------------------------------------
@@ -96,10 +97,11 @@ class SlurmLauncher:
             time.sleep(min(TICK_S, deadline_s - now_s))
 
     def withdraw(self) -> set[str]:
-        """Take back what has not begun, and return its cells. While the controller is away, what is in the queue stays there:
-        the next call asks for it again.
+        """Take back what has not begun, and return its cells. What is not known to be gone is told by a later call: what was just
+        about to begin, and the whole queue while the controller is away.
         """
-        back = {job["cell_id"] for job in self._kept_back()}
+        back = {job["cell_id"] for job in self._kept_back()} | self._withdrawn
+        self._withdrawn = set()
         waiting = {each: element for each, element in self._elements.items() if not element.begun}
         if not waiting or time.monotonic() < self._withdraw_at_s:
             return back
@@ -108,11 +110,10 @@ class SlurmLauncher:
         pending = [each for each in waiting if each in queue and queue[each].to_begin]
         self._slurm.cancel(pending, now=False)
         left = self._slurm.queue(names) if pending else None
-        for each in pending if left is not None else ():
-            if left and each in left and left[each].live:
-                continue  # it has begun since: its end will be told
-            del self._elements[each]
-            back |= waiting[each].waiting.keys()
+        for each in pending:
+            waiting[each].withdrawn = True
+            if left is not None and (each not in left or not left[each].live):
+                back |= self._elements.pop(each).waiting.keys()
         self._withdraw_at_s = time.monotonic() + self._config.poll_s
         return back
 
@@ -282,7 +283,11 @@ class SlurmLauncher:
             )
             if verdict.settled:
                 del element.waiting[cell_id]
-                self._events.append(self._told(verdict, own, folder, element.array, each, last_words))
+                event = self._told(verdict, own, folder, element.array, each, last_words)
+                if element.withdrawn and verdict.state in ("cancelled", "missing"):
+                    self._withdrawn.add(cell_id)
+                else:
+                    self._events.append(event)
 
     def _told(
         self, verdict: Verdict, own: OwnRecord, folder: CellFolder, array: ArrayFolder, each: str, last_words: str
@@ -301,7 +306,7 @@ class SlurmLauncher:
         if own.begun and (own.end is None or end != own.end or message != own.message):
             with suppress(RecordError):
                 folder.close_attempt(ENDS[end], message, lambda info: is_of(info, array.key))
-        return Event(folder.cell_id, end, message, died, wanted=verdict.state == "cancelled")
+        return Event(folder.cell_id, end, message, died, wanted=verdict.wanted)
 
 
 ENDS: dict[str, End] = {
@@ -340,6 +345,7 @@ class _Element:
         adopted: submitted by an earlier launcher.
         releases: how often it was let go after a node could not start it.
         begun: it was seen to have begun, or to be gone.
+        withdrawn: SLURM was asked to end it before it had begun.
     """
 
     array: ArrayFolder
@@ -348,6 +354,7 @@ class _Element:
     adopted: bool = False
     releases: int = 0
     begun: bool = False
+    withdrawn: bool = False
 
 
 def _folders(group: Sequence[Job]) -> dict[str, CellFolder]:

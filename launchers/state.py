@@ -81,12 +81,14 @@ class Verdict(NamedTuple):
         message: one line on the cause; "" where the state says it all.
         settled: nothing further will come of it.
         died: its process was lost without a word of its own.
+        wanted: somebody cancelled it.
     """
 
     state: str
     message: str = ""
     settled: bool = False
     died: bool = False
+    wanted: bool = False
 
 
 def judge(
@@ -143,7 +145,9 @@ def _ended(own: OwnRecord, said: Report | None, last_words: str) -> Verdict:
         if state not in ("preempted", "node-failed", "timeout", "cancelled"):
             # a process that hears of a preemption says so: no other record tells it from a scancel
             state = "preempted" if own.message.startswith("preempted") else own.end
-        return Verdict(state, own.message, settled=True)
+        # where SLURM knows of no scancel, the process was told to stop by something else
+        wanted = state == "cancelled" and (said is None or ENDED.get(said.state) == "cancelled")
+        return Verdict(state, own.message, settled=True, wanted=wanted)
     if state in ("failed", "stale", "unknown") and OOM_TEXT.search(last_words):
         state = "oom"
     if state == "oom":
@@ -151,7 +155,7 @@ def _ended(own: OwnRecord, said: Report | None, last_words: str) -> Verdict:
     if state == "timeout":
         return Verdict("timeout", "killed at the time limit", settled=True)
     if state == "cancelled":
-        return Verdict("cancelled", "cancelled (scancel)", settled=True)
+        return Verdict("cancelled", "cancelled (scancel)", settled=True, wanted=True)
     if state == "preempted":
         return Verdict("preempted", "preempted, and not requeued", settled=True, died=True)
     if state == "node-failed":

@@ -189,11 +189,12 @@ class _Run:
     def _sort_out(self) -> None:
         """Decide what is to be done with each cell, by its state."""
         corrupt = []
+        known = self.launcher.known()
         for this, state in self.states.items():
             if state.complete:
                 self.folders[this].sweep()
                 continue
-            if state.state == "running":
+            if state.state == "running" and this not in known:
                 self.elsewhere.add(this)
                 continue
             if state.state == "corrupt" and not self._mended(this):
@@ -232,6 +233,9 @@ class _Run:
             return
         if self.interrupts == 0:
             self.progress.message("stopping: cells save and end (Ctrl-C again kills them)")
+            known = self.launcher.known()
+            for this in known.keys() & set(self.todo):  # an earlier `run` has submitted it: to be cancelled, too
+                self._submit([this])
             self.todo.clear()
             self.elsewhere.clear()
             self.launcher.cancel()

@@ -95,6 +95,11 @@ class Launcher(Protocol):
         `cancel`. Nothing under way: returns [] at once.
         """
 
+    def known(self) -> Mapping[str, str]:
+        """Return pending, held or running of each cell that is in a queue already, by cell_id: such a job, submitted again, is
+        followed.
+        """
+
     def withdraw(self) -> set[str]:
         """Take back what has not begun, and return its cell_ids: these have no event."""
 
