@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,22 @@ def free_port() -> int:
 
 
 def start(
-    runs: Path, jobs: Sequence[Mapping[str, Any]], *, tasks: int, function: str = RUN_CELLS
+    runs: Path,
+    jobs: Sequence[Mapping[str, Any]],
+    *,
+    tasks: int,
+    function: str = RUN_CELLS,
+    mute: Collection[int] = (),
 ) -> list[subprocess.Popen[str]]:
-    """Start the tasks of an element that trains these jobs, and return their processes, by rank."""
+    """Start the tasks of an element that trains these jobs, and return their processes, by rank.
+
+    Args:
+        runs: the runs folder.
+        jobs: of the element.
+        tasks: how many.
+        function: what each calls with the jobs.
+        mute: ranks that cannot write a file of more than PROBE_BYTES: the system does not let them.
+    """
     array = ArrayFolder.new(runs / "slurm", [jobs])
     command = [sys.executable, "-m", "supar_sweep.training.slurm_job", str(array.path), function, "3600", "60"]
     slurm = {
@@ -42,9 +56,19 @@ def start(
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            preexec_fn=no_file_grows if rank in mute else None,
         )
         for rank in range(tasks)
     ]
+
+
+PROBE_BYTES = 8
+"""Python writes four bytes to find a folder for temporary files."""
+
+
+def no_file_grows() -> None:
+    """Have every write to a file fail; pipes and sockets are none."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (PROBE_BYTES, PROBE_BYTES))
 
 
 def wait(processes: Sequence[subprocess.Popen[str]], timeout_s: float = 300) -> tuple[list[int], list[str]]:

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
-from supar_sweep.cli.launch import price, with_threads
+from supar_sweep.cli.launch import check_shares, price, with_threads
+from supar_sweep.cli.rooms import conf_dir
 from supar_sweep.cli.settings import Settings
 from supar_sweep.config.decode import encode
+from supar_sweep.errors import ConfigError
 from supar_sweep.training.cost import (
     COMPACT_FLOPS_MULT,
     FLOPS_A_THREAD,
@@ -101,6 +104,25 @@ def test_a_price_says_who_can_be_trained_together(tmp_path: Path) -> None:
         assert of(tiny_cell(density=0.01)).cost == price(settings(compute="dense"), launcher)(cell).cost
         assert price(settings(compute="auto"), launcher)(tiny_cell(density=0.01)).cost < of(cell).cost
     assert encode(cell.model)["width"] == 32
+
+
+def over_ranks(**runtime: Any) -> Settings:
+    launcher = OmegaConf.to_container(OmegaConf.load(conf_dir() / "launcher" / "slurm.yaml"))
+    assert isinstance(launcher, dict)
+    plain = {"runtime": {**RUNTIME, **runtime}, "launcher": {**launcher, "nodes": 2, "gpus_per_node": 2}}
+    return Settings(command="run", plain=plain, overrides=())
+
+
+def test_what_several_processes_train_together_they_train_alone(tmp_path: Path) -> None:
+    cell = tiny_cell()
+    with pool(tmp_path) as launcher:
+        assert price(over_ranks(), launcher)(cell).together == 1
+    check_shares(over_ranks(), [cell])
+    check_shares(settings(cohort=3), [tiny_cell(**{"train.batch_seqs": 3})])  # one process takes any
+    with pytest.raises(ConfigError, match=r"train.batch_seqs: cannot be shared by 4 processes \(got 6\)"):
+        check_shares(over_ranks(), [cell, tiny_cell(**{"train.batch_seqs": 6})])
+    with pytest.raises(ConfigError, match=r"runtime.cohort: has no effect where 4 processes train each cell together"):
+        check_shares(over_ranks(cohort=3), [cell])
 
 
 SMI = """#!/bin/sh

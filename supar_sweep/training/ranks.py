@@ -266,9 +266,8 @@ class JoinedRanks(Ranks):
             yield
         except RuntimeError as error:
             self.lost = True
-            raise LostRankError(
-                f"one of the {self.world_size} ranks is gone, or out of reach ({one_line(error)})"
-            ) from error
+            log.warning("rank %d: %s", self.rank, one_line(error))
+            raise LostRankError(f"one of the {self.world_size} ranks is gone, or out of reach") from error
 
 
 def one_line(error: BaseException) -> str:

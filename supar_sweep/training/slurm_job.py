@@ -106,8 +106,11 @@ def main(arguments: Sequence[str]) -> int:
             go_on(element, stopped, before, ranks.why())
     why = ranks.why()
     ranks.leave()
-    if ranks.lost or not ranks.is_first:
-        return int(ranks.lost)
+    if ranks.lost:  # to tidy up is to wait for the rank that is gone, on a GPU without end
+        sys.stdout.flush()
+        os._exit(1)
+    if not ranks.is_first:
+        return 0
     if why is not None and any(end not in SETTLED for end in ends.values()):
         return LEFT
     return int(any(end not in ("done", "diverged") for end in ends.values()))
