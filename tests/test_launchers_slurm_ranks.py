@@ -47,7 +47,7 @@ def test_two_nodes_train_a_cell_together_through_a_requeue_and_a_dead_rank_is_to
         slurm.wait_for(lambda: slurm.field(element, "Restarts") == "1", 120)
         slurm.wait_for_state(element, "PENDING")
         slurm.start_now(element)
-        ends = until(made, jobs, timeout_s=300)
+        ends = until(made, jobs)
 
     assert ends[good["cell_id"]].end == "done"
     assert result_of(good)["ranks"] == 2
