@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import TypeVar
 
 from supar_sweep.sweep.arrays import ArrayFolder
 from supar_sweep.training.environment import LAUNCH_ENV
@@ -12,6 +13,11 @@ from supar_sweep.training.environment import LAUNCH_ENV
 from .local import THREAD_VARIABLES, search_path
 from .slurm_config import SlurmConfig
 from .slurm_queue import environment_of_job
+
+Group = TypeVar("Group")
+
+USUAL_MAX_ARRAY_SIZE = 1001
+"""SLURM's default, for who plans away from the cluster."""
 
 
 def submission_script(
@@ -59,6 +65,18 @@ def submission_script(
     words = [sys.executable, "-P", "-u", "-m", "supar_sweep.training.slurm_job", str(array.path), function]
     limits = [str(config.timeout_min * 60), str(config.signal_delay_s)]
     return executor._make_submission_file_text(shlex.join([*words, *limits]), array.key)
+
+
+def arrays_of(groups: Sequence[Group], *, max_array_size: int, at_once: int) -> list[tuple[list[Group], int]]:
+    """Return the arrays that groups become: those of each, and how many of its elements may run at once.
+
+    Args:
+        groups: an element each.
+        max_array_size: elements that an array may have.
+        at_once: elements that may run at once, of all arrays together.
+    """
+    chunks = [list(groups[start : start + max_array_size]) for start in range(0, len(groups), max_array_size)]
+    return list(zip(chunks, parallelism([len(chunk) for chunk in chunks], at_once), strict=True))
 
 
 def _environment(threads: int) -> list[str]:
