@@ -58,7 +58,12 @@ def calibrate(settings: Settings) -> int:
         with Live(f"calibrate {settings.experiment}") as live:
             ends = _measured(launcher, jobs, live)
         rows, written = _kept(settings, shapes, jobs)
-    emit(rows, _COLUMNS, settings.format, title="a step of one run, in the company that `run` gives it")
+    emit(
+        rows,
+        _COLUMNS if settings.format == "table" else None,
+        settings.format,
+        title="a step of one run, in the company that `run` gives it",
+    )
     say_written(written)
     failed = {event.message: event for event in ends.values() if event.end != "done"}
     for event in failed.values():

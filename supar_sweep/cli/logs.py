@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,7 +17,8 @@ from supar_sweep.errors import ConfigError, RecordError
 from supar_sweep.sweep.arrays import ArrayFolder, elements_of
 from supar_sweep.sweep.files import read_json
 from supar_sweep.sweep.records import CellFolder, Store
-from supar_sweep.sweep.status import CellState, cell_state
+from supar_sweep.sweep.status import CellState, cell_state, folders
+from supar_sweep.sweep.submission import Experiment
 
 SHOWN = 10
 """Most names that an error lists."""
@@ -79,21 +80,42 @@ def find_cell(runs: Path, asked: object) -> CellFolder:
     allowed = "an id, a label, or an unambiguous beginning of one, as status names them"
     if not isinstance(asked, str) or not asked:
         raise ConfigError("cell", "must be set", value=asked, allowed=allowed)
-    cells = list(Store(runs / "cells").index().values())
     name = asked.rstrip("/").rpartition("/")[2]
+    cells = Store(runs / "cells").index()
+    found = _matching(cells.values(), name)
+    if not found:  # one that was never begun has no folder yet
+        cells = {**_planned(runs), **cells}
+        found = _matching(cells.values(), name)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ConfigError("cell", f"is the beginning of {len(found)}", value=asked, allowed=_some(found))
+    names = [each for cell in cells.values() for each in (cell.path.name, cell.cell_id)]
+    near = get_close_matches(name, names, SHOWN, cutoff=0.4)
+    problem = f"is none of the {len(cells)} of {runs}"
+    raise ConfigError("cell", problem, value=asked, allowed=near or allowed, nearest_to=name)
+
+
+def _matching(cells: Collection[CellFolder], name: str) -> list[CellFolder]:
+    """Return the cells that a name means: by their whole names where there are any, else by a beginning."""
     for matching in (
         [cell for cell in cells if name in (cell.cell_id, cell.path.name)],
         [cell for cell in cells if cell.path.name == f"{name}-{cell.cell_id}"],
         [cell for cell in cells if cell.cell_id.startswith(name) or cell.path.name.startswith(name)],
     ):
-        if len(matching) == 1:
-            return matching[0]
         if matching:
-            raise ConfigError("cell", f"is the beginning of {len(matching)}", value=asked, allowed=_some(matching))
-    names = [each for cell in cells for each in (cell.path.name, cell.cell_id)]
-    near = get_close_matches(name, names, SHOWN, cutoff=0.4)
-    problem = f"is none of the {len(cells)} in {runs / 'cells'}"
-    raise ConfigError("cell", problem, value=asked, allowed=near or allowed, nearest_to=name)
+            return matching
+    return []
+
+
+def _planned(runs: Path) -> dict[str, CellFolder]:
+    """Return the folders that the cells of all frozen grids have, or will have, by id."""
+    found: dict[str, CellFolder] = {}
+    for path in runs.glob("experiments/*/plan.json"):
+        experiment = Experiment(runs, path.parent.name)
+        with suppress(RecordError):
+            found |= folders(experiment.store, experiment.plan())
+    return found
 
 
 def _some(cells: Sequence[CellFolder]) -> str:
