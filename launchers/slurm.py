@@ -28,7 +28,7 @@ from .local import LAST_WORDS_CHARS
 from .slurm_config import SlurmConfig
 from .slurm_follow import Queued, in_queue
 from .slurm_queue import Refused, Slurm
-from .slurm_script import parallelism, submission_script
+from .slurm_script import arrays_of, submission_script
 from .state import Report, Verdict, judge, live_state, words_of_its_own
 
 TICK_S = 0.2
@@ -166,10 +166,9 @@ class SlurmLauncher:
         """
         if self._gathered:
             groups, self._gathered = self._gathered, []
-            size = self._max_array_size
-            chunks = [groups[start : start + size] for start in range(0, len(groups), size)]
-            shares = parallelism([len(chunk) for chunk in chunks], self._config.array_parallelism)
-            self._batches += [_Batch(chunk, share) for chunk, share in zip(chunks, shares, strict=True)]
+            at_once = self._config.array_parallelism
+            arrays = arrays_of(groups, max_array_size=self._max_array_size, at_once=at_once)
+            self._batches += [_Batch(chunk, share) for chunk, share in arrays]
         # an answer of sbatch's that was lost may have been a yes
         known = self._slurm.arrays() if any(batch.array for batch in self._batches) else {}
         while self._batches and known is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import TypeVar
 
 from supar_sweep.sweep.arrays import ArrayFolder
 from supar_sweep.training.environment import LAUNCH_ENV
@@ -12,6 +13,11 @@ from supar_sweep.training.environment import LAUNCH_ENV
 from .local import THREAD_VARIABLES, search_path
 from .slurm_config import SlurmConfig
 from .slurm_queue import environment_of_job
+
+Group = TypeVar("Group")
+
+USUAL_MAX_ARRAY_SIZE = 1001
+"""SLURM's default, for who plans away from the cluster."""
 
 
 def submission_script(
@@ -65,6 +71,18 @@ def _srun_options(config: SlurmConfig) -> list[str]:
     cores = ["--cpus-per-task", str(config.cpus)]  # srun stopped inheriting it in 22.05
     # ranks that outlive a dead one wait for it, on a GPU for long
     return [*cores, "--kill-on-bad-exit=1"] if config.ranks > 1 else cores
+
+
+def arrays_of(groups: Sequence[Group], *, max_array_size: int, at_once: int) -> list[tuple[list[Group], int]]:
+    """Return the arrays that groups become: those of each, and how many of its elements may run at once.
+
+    Args:
+        groups: an element each.
+        max_array_size: elements that an array may have.
+        at_once: elements that may run at once, of all arrays together.
+    """
+    chunks = [list(groups[start : start + max_array_size]) for start in range(0, len(groups), max_array_size)]
+    return list(zip(chunks, parallelism([len(chunk) for chunk in chunks], at_once), strict=True))
 
 
 def _environment(threads: int) -> list[str]:

@@ -94,15 +94,15 @@ def test_a_price_says_who_can_be_trained_together(tmp_path: Path) -> None:
         "data": (tiny_cell(**{"data.val_fraction": 0.2}), False),
     }
     with pool(tmp_path) as launcher:
-        of = price(settings(), launcher)
+        of = price(settings(), launcher.processes)
         for what, (other, same) in others.items():
             assert (of(other).shape == of(cell).shape) == same, what
         assert of(cell).together == MOST_TOGETHER["cpu"]
-        assert price(settings(cohort=3), launcher)(cell).together == 3
-        assert price(settings(compile=True), launcher)(cell).together == 1
+        assert price(settings(cohort=3), launcher.processes)(cell).together == 3
+        assert price(settings(compile=True), launcher.processes)(cell).together == 1
         assert of(tiny_cell(**{"train.target": "mine.train"})).together == 1
-        assert of(tiny_cell(density=0.01)).cost == price(settings(compute="dense"), launcher)(cell).cost
-        assert price(settings(compute="auto"), launcher)(tiny_cell(density=0.01)).cost < of(cell).cost
+        assert of(tiny_cell(density=0.01)).cost == price(settings(compute="dense"), launcher.processes)(cell).cost
+        assert price(settings(compute="auto"), launcher.processes)(tiny_cell(density=0.01)).cost < of(cell).cost
     assert encode(cell.model)["width"] == 32
 
 

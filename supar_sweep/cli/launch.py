@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from supar_sweep.cli.rooms import PACKAGE, room
 from supar_sweep.cli.settings import Settings
@@ -52,15 +52,36 @@ def make_launcher(settings: Settings) -> Launcher:
             config, threads=runtime.n_threads, folder=settings.runs_dir / "slurm"
         )
         return made
-    gpus = gpus_for(runtime.device)
     made = room("launchers.local").LocalLauncher(
-        processes=config.processes or len(gpus) or (1 if trains_on_gpu(runtime.device) else None),
+        processes=processes_of(settings),
         threads=runtime.n_threads,
-        gpus=list(gpus),
+        gpus=list(gpus_for(runtime.device)),
         grace_s=config.grace_s,
         log_folder=settings.runs_dir / "logs",
     )
     return made
+
+
+def processes_of(settings: Settings) -> int:
+    """Return how many groups of cells the launcher trains at once, before there is one.
+
+    Args:
+        settings: after `with_threads`, where the launcher is this machine.
+    """
+    config, runtime = launcher_config(settings), settings.runtime()
+    if not isinstance(config, LocalConfig):
+        return int(config.array_parallelism)
+    cores = len(os.sched_getaffinity(0))
+    a_gpu_each = len(gpus_for(runtime.device)) or int(trains_on_gpu(runtime.device))
+    return config.processes or a_gpu_each or max(1, cores // runtime.n_threads)
+
+
+def device_kind(settings: Settings) -> Literal["cpu", "cuda"]:
+    """Return what cells will be trained on, as far as the settings and this machine tell."""
+    config, device = launcher_config(settings), settings.runtime().device
+    if isinstance(config, LocalConfig):
+        return "cuda" if trains_on_gpu(device) else "cpu"
+    return "cuda" if config.gpus_per_node and device != "cpu" else "cpu"
 
 
 def with_threads(settings: Settings, cells: Collection[CellConfig]) -> Settings:
@@ -209,12 +230,12 @@ def flops(cell: CellConfig, *, dense_compute: bool = False) -> float:
     return float(cell.train.steps) * flops_per_step(cell, dense_compute=dense_compute)
 
 
-def price(settings: Settings, launcher: Launcher) -> Callable[[CellConfig], Price]:
+def price(settings: Settings, processes: int) -> Callable[[CellConfig], Price]:
     """Return what says of a cell what it costs beside others, and with how many of its shape it is trained.
 
     Args:
         settings: runtime.cohort decides where it is set, else shape and memory.
-        launcher: whose processes share the memory.
+        processes: of the launcher, which share the memory where they are on this machine.
     """
     runtime, config = settings.runtime(), launcher_config(settings)
     over_ranks = not isinstance(config, LocalConfig) and config.ranks > 1
@@ -223,9 +244,9 @@ def price(settings: Settings, launcher: Launcher) -> Callable[[CellConfig], Pric
         device = "cuda" if gpus_gb else "cpu"
         # of the machine a fifth is left to others; a GPU's processes share it
         all_gb = min(gpus_gb) * len(gpus_gb) if gpus_gb else memory_of_machine_gb()
-        free_gb = 0.8 * all_gb / launcher.processes
+        free_gb = 0.8 * all_gb / processes
     else:  # what this machine has says nothing of the nodes
-        device = "cuda" if config.gpus_per_node and runtime.device != "cpu" else "cpu"
+        device = device_kind(settings)
         free_gb = 0.8 * ((config.gpu_memory_gb if device == "cuda" else config.mem_gb) or 0.0)
     # what the price depends on; thousands of cells share a few of these
     known: dict[Any, Price] = {}

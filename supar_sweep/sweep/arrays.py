@@ -14,6 +14,7 @@ import json
 import secrets
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,6 +107,24 @@ class ArrayFolder:
                 return file.read().decode(errors="replace")
         except OSError:
             return ""
+
+
+def elements_of(parent: Path, cell_id: str) -> list[tuple[ArrayFolder, str]]:
+    """Return the elements of the last submitted array that was to train a cell; [] where there is none.
+
+    Args:
+        parent: the folder of all arrays of a runs folder.
+        cell_id: whose.
+    """
+    for path in sorted(parent.glob("*/groups.jsonl"), reverse=True):
+        array = ArrayFolder(path.parent)
+        with suppress(RecordError):
+            job_id = array.job_id()
+            groups = enumerate(array.groups()) if job_id else ()
+            found = [index for index, group in groups if any(job["cell_id"] == cell_id for job in group)]
+            if found:
+                return [(array, f"{job_id}_{index}") for index in found]
+    return []
 
 
 def stamped(job: Job, array: str, element: str, **facts: Any) -> dict[str, Any]:
