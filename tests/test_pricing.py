@@ -116,7 +116,7 @@ def over_ranks(**runtime: Any) -> Settings:
 def test_what_several_processes_train_together_they_train_alone(tmp_path: Path) -> None:
     cell = tiny_cell()
     with pool(tmp_path) as launcher:
-        assert price(over_ranks(), launcher)(cell).together == 1
+        assert price(over_ranks(), launcher.processes)(cell).together == 1
     check_shares(over_ranks(), [cell])
     check_shares(settings(cohort=3), [tiny_cell(**{"train.batch_seqs": 3})])  # one process takes any
     with pytest.raises(ConfigError, match=r"train.batch_seqs: cannot be shared by 4 processes \(got 6\)"):
