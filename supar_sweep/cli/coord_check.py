@@ -54,6 +54,8 @@ def coord_check(settings: Settings) -> int:
     """Train what is not there yet, draw, print the tests; return 0, whatever they say."""
     config = check_config(settings)
     _refuse_idle(settings)
+    if settings.plain.get("experiment") and settings.drawn().get("figure") != "coord_check":
+        raise ConfigError("experiment", f"{settings.experiment} is a grid, not a coordinate check", allowed="run, plot")
     draw(_records(settings, config), config, config.folder(settings), settings.format)
     return 0
 

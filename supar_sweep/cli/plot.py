@@ -46,6 +46,8 @@ KINDS = {
     "coord_check": Kind(None, None, None, ("figure", "check")),
 }
 NO_PANELS = "none"
+NO_GRID = ("study", "coord_check")
+"""Figures of other records than a grid's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +82,20 @@ def plot(settings: Settings) -> int:
         check = check_config(settings)
         draw_check(read_rows(settings, check), check, check.folder(settings), settings.format)
         return 0
+    note_unread(settings)
+    draw_grid(settings, config)
+    return 0
+
+
+def draw_grid(settings: Settings, config: PlotConfig) -> None:
+    """Draw a figure of the grid's records, print its data, or for basins the verdict.
+
+    Args:
+        settings: the experiment.
+        config: what is drawn of it: neither study nor coord_check, which are drawn of other records.
+    """
     experiment = experiment_of(settings)
     frozen = experiment.plan()
-    note_unread(settings)
     records = rows(experiment, frozen)
     axes = _axes(config)
     stem = experiment.folder / _stem(config)
@@ -91,7 +104,7 @@ def plot(settings: Settings) -> int:
             records, experiment.folder, config.metric, axes, stem.name, config.where, config.reference
         )
         emit_verdict(entries, settings.format)
-        return 0
+        return
     table = room("analysis.frames").frame(records)
     module = room(f"analysis.{config.figure}")
     keywords: dict[str, Any] = {**axes, "fixed": config.where}
@@ -112,7 +125,6 @@ def plot(settings: Settings) -> int:
     written = module.save(module.draw(found), found, stem)
     emit(data, format=settings.format)
     say_written(written)
-    return 0
 
 
 def figure_config(settings: Settings) -> PlotConfig:
@@ -131,6 +143,21 @@ def figure_config(settings: Settings) -> PlotConfig:
     if "figure" in typed and plain["figure"] != own.get("figure", plain["figure"]):
         own = {key: value for key, value in own.items() if key == "metric"}
     return decode(PlotConfig, {**plain, **{key: value for key, value in own.items() if key not in typed}})
+
+
+def own_figure(settings: Settings) -> Any:
+    """Return the figure that is asked for, or that the experiment names, as `report` takes it (report_figures.Own), else None.
+
+    Raises:
+        ConfigError: a figure that is not of a grid's records.
+    """
+    if not settings.drawn() and not settings.given(*FIGURE):
+        return None
+    config = figure_config(settings)
+    if config.figure in NO_GRID:
+        grids = [kind for kind in KINDS if kind not in NO_GRID]
+        raise ConfigError("figure", "is not of a grid, and a report is", value=config.figure, allowed=grids)
+    return room("analysis.report_figures").Own(config.figure, _axes(config), config.where, config.reference)
 
 
 def live_hidden_weights(frozen: Plan) -> dict[str, int]:
@@ -181,7 +208,7 @@ def draw_basins(
         written += figure.save(figure.draw(each), each, folder / (name + _of_part(basins.told_apart(each, sets))))
     entries: list[Any] = verdict.entries(sets)
     whole = name == "lr_basins"
-    claims = statements.quickstart_statements(entries) if whole else []
+    claims = statements.quickstart_statements(entries) if whole and statements.can_be_asked(entries) else []
     written += verdict.write(entries, folder, [claim.as_dict() for claim in claims], "" if whole else f"{name}-")
     say_verdicts(verdict.verdicts(entries))
     for claim in claims:
