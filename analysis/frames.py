@@ -169,6 +169,14 @@ def text(value: Any) -> str:
     return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def parsed(shown: str) -> Any:
+    """Return the value of an axis from its `text`."""
+    try:
+        return None if shown == text(None) else float(shown)
+    except ValueError:
+        return shown
+
+
 def parts(table: pd.DataFrame, within: Sequence[str | None], swept: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Return what tells the figures of a table apart: one {axis: value, ...} for each, [{}] for one figure.
 

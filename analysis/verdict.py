@@ -14,7 +14,7 @@ from supar_sweep.sweep.files import write_file
 
 from .basins import BasinSet, Line, Panel, told_apart
 from .fit import Interval, Side
-from .frames import rounded, text
+from .frames import parsed, rounded, text
 from .pairing import correlation, shared_part
 
 MAX_SHIFT_OCTAVES = 0.5
@@ -193,18 +193,10 @@ def entries(sets: Sequence[BasinSet]) -> list[Entry]:
     for basins in sets:
         apart = told_apart(basins, sets)
         for panel in basins.panels:
-            placed = {axis: _value(shown) for axis, shown in basins.place(panel).items()}
+            placed = {axis: parsed(shown) for axis, shown in basins.place(panel).items()}
             further = {axis: value for axis, value in {**apart, **placed}.items() if axis not in GROUP}
             found += [_entry(basins, panel, line, further) for line in panel.lines]
     return found
-
-
-def _value(shown: str) -> Any:
-    """Return the value of an axis from its text: a number, null, or a name."""
-    try:
-        return None if shown == text(None) else float(shown)
-    except ValueError:
-        return shown
 
 
 def _group(basins: BasinSet, panel: Panel, line: Line) -> dict[str, Any]:

@@ -41,6 +41,7 @@ KINDS = {
     "init_basins": Kind("init_std", "density", "parameterization", FIGURE),
     "pareto": Kind("density", "parameterization", None, _ONE_ROW),
     "heatmap": Kind("density", "width", "parameterization", tuple(key for key in _ONE_ROW if key != "reference")),
+    "lr_exponent": Kind(None, "method", "parameterization", ("figure", "hue", "col", "where", "metric", "reference")),
     "scaling": Kind(None, None, "parameterization", ("figure", "col", "where", "metric")),
     "loss_curves": Kind("tokens", "density", "parameterization", ("figure", "x", "hue", "col", "where")),
     "study": Kind(None, None, None, ("figure", "study")),
@@ -111,7 +112,6 @@ def draw_grid(settings: Settings, config: PlotConfig) -> None:
     module = room(f"analysis.{config.figure}")
     keywords: dict[str, Any] = {**axes, "fixed": config.where}
     if config.figure == "scaling":
-        keywords = {"col": axes["col"], "fixed": config.where}
         live = live_hidden_weights(frozen)
         table["live_parameters"] = [live[this] for this in table["cell_id"]]
     if config.figure == "loss_curves":
@@ -120,7 +120,7 @@ def draw_grid(settings: Settings, config: PlotConfig) -> None:
         table["curve"] = [cells[this].metrics() for this in table["cell_id"]]
     else:
         keywords["metric"] = config.metric
-    if config.figure == "pareto":
+    if "reference" in KINDS[config.figure].reads:
         keywords["reference"] = config.reference
     found = getattr(module, config.figure)(table, **keywords)
     data = module.data_rows(found)
@@ -241,10 +241,12 @@ def _number(value: Any) -> bool:
 
 
 def _axes(config: PlotConfig) -> dict[str, str | None]:
+    """Return the figure's axes, those that it reads."""
     own = KINDS[config.figure]
     col = own.col if config.col is None else None if config.col == NO_PANELS else config.col
-    axes = {"x": config.x or own.x, "hue": config.hue or own.hue, "col": col}
-    return {**axes, "row": None if config.row == NO_PANELS else config.row} if "row" in own.reads else axes
+    row = None if config.row == NO_PANELS else config.row
+    axes = {"x": config.x or own.x, "hue": config.hue or own.hue, "col": col, "row": row}
+    return {key: axis for key, axis in axes.items() if key in own.reads}
 
 
 def _stem(config: PlotConfig) -> str:
