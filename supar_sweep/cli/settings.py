@@ -158,7 +158,7 @@ class Settings:
 OUTPUT = ("hparams_file", "tuned_at", "runs_dir", "format")
 _SCALE = ("scale", "scales")
 _GRID = ("experiment", "launcher", "runtime", *_SCALE)
-FIGURE = ("figure", "x", "hue", "col", "where", "metric", "reference")
+FIGURE = ("figure", "x", "hue", "col", "row", "where", "metric", "reference")
 """What says which figure `plot` draws."""
 
 READS = {
