@@ -99,6 +99,25 @@ def test_what_goes_wrong_on_one_rank_ends_the_cell_on_all_with_a_word(tmp_path: 
     assert "one of the 2 ranks is gone" in printed[0]
 
 
+@pytest.mark.gpu
+def test_two_gpus_give_the_curve_of_one(tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.device_count() < 2:
+        pytest.skip("two GPUs are needed: NCCL takes no more than one rank each")
+    runtime = {"device": "cuda", "checkpoint_every_steps": 5}
+    jobs = [
+        tiny_job(tmp_path / "cells", runtime=runtime),
+        tiny_job(tmp_path / "cells", runtime={**runtime, "compute": "compact"}, seed=1),
+        tiny_job(tmp_path / "cells", runtime=runtime, sparsity={"method": "rigl", **SWAPS}),
+    ]
+    codes, printed = wait(start(tmp_path, jobs, tasks=2))
+    assert codes == [0, 0], printed
+    for job in jobs:
+        assert (result_of(job)["ranks"], result_of(job)["device"]) == (2, "cuda")
+        assert_same_curve(job, alone(job, tmp_path / "alone"), rel=1e-4)
+
+
 def begun(job: Any, processes: list[subprocess.Popen[str]], steps: int) -> None:
     """Wait until a cell has so many steps."""
     while not any(line["step"] >= steps for line in folder_of(job).metrics()):
