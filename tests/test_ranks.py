@@ -25,7 +25,7 @@ LEFT = 128 + signal.SIGTERM
 
 CELLS: dict[str, dict[str, Any]] = {
     "dense": {"density": 1.0},
-    "masked": {"train.eval_every_steps": 5},
+    "masked": {"train.eval_every_steps": 5, "runtime": {"checkpoint_every_s": 0.01}},
     "compact": {"density": 1 / 8, "runtime": {"compute": "compact"}},
     "rigl": {"sparsity": {"method": "rigl", **SWAPS}},
     "in parts": {"train.accumulation_steps": 2, "optimizer.clip_norm": 0.01},
