@@ -9,26 +9,27 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from supar_sweep.errors import RecordError
-from supar_sweep.sweep.arrays import ArrayFolder, OwnRecord, is_of, own_record
+from supar_sweep.sweep.arrays import ArrayFolder, Group, OwnRecord, is_of, own_record
 from supar_sweep.sweep.files import write_file
 from supar_sweep.sweep.jobs import Event, Job, folder_of
 from supar_sweep.sweep.records import CellFolder, End
+from supar_sweep.training.epitaph import LAST_WORDS_CHARS
 from supar_sweep.training.slurm_job import SETTLED
 from supar_sweep.training.worker import RUN_CELLS
 
-from .local import LAST_WORDS_CHARS
 from .slurm_config import SlurmConfig
 from .slurm_follow import Queued, in_queue
 from .slurm_queue import Refused, Slurm
-from .slurm_script import parallelism, submission_script
+from .slurm_script import parallelism, parts, submission_script
 from .state import Report, Verdict, judge, live_state, words_of_its_own
 
 TICK_S = 0.2
@@ -62,8 +63,9 @@ class SlurmLauncher:
         self._max_array_size = self._slurm.max_array_size()
         self._config, self._threads, self._function = config, threads, function
         self._folder = folder.absolute()
-        self.slots, self.processes = config.max_elements, config.array_parallelism
-        self._gathered: list[list[Job]] = []
+        self.slots = config.max_elements * config.processes
+        self.processes = config.array_parallelism * config.processes
+        self._gathered: list[Group] = []
         self._batches: list[_Batch] = []
         self._elements: dict[str, _Element] = {}
         self._left_over: dict[str, Queued] = {}
@@ -98,8 +100,8 @@ class SlurmLauncher:
     def cancel(self, *, now: bool = False) -> None:
         """Drop what was not submitted; have SLURM end the rest: asked to save first, or killed `now`."""
         self._cancelled = True
-        kept_back = [*self._gathered, *(group for batch in self._batches for group in batch.groups)]
-        self._events += [Event(job["cell_id"], "cancelled") for group in kept_back for job in group]
+        kept_back = [*chain.from_iterable(self._gathered), *(job for batch in self._batches for job in batch.jobs)]
+        self._events += [Event(job["cell_id"], "cancelled") for job in kept_back]
         for batch in self._batches:
             if batch.array is not None:
                 self._slurm.cancel_name(batch.array.job_name)
@@ -130,7 +132,7 @@ class SlurmLauncher:
     def flush(self) -> set[str]:
         """Submit what was gathered, and return the cells that the queue does not take now."""
         self._submit_gathered()
-        return {job["cell_id"] for batch in self._batches for group in batch.groups for job in group}
+        return {job["cell_id"] for batch in self._batches for job in batch.jobs}
 
     # -- submission --------------------------------------------------------------------------------
 
@@ -139,11 +141,10 @@ class SlurmLauncher:
         where it is full or its controller away.
         """
         if self._gathered:
-            groups, self._gathered = self._gathered, []
-            size = self._max_array_size
-            chunks = [groups[start : start + size] for start in range(0, len(groups), size)]
+            chunks = parts(parts(self._gathered, self._config.processes), self._max_array_size)
             shares = parallelism([len(chunk) for chunk in chunks], self._config.array_parallelism)
             self._batches += [_Batch(chunk, share) for chunk, share in zip(chunks, shares, strict=True)]
+            self._gathered.clear()
         # an answer of sbatch's that was lost may have been a yes
         known = self._slurm.arrays() if any(batch.array for batch in self._batches) else {}
         while self._batches and known is not None:
@@ -154,13 +155,13 @@ class SlurmLauncher:
                 self._not_now(batch, refused)
                 if not refused.full and not refused.unsure:
                     continue
-                if not (refused.full and len(batch.groups) > 1):
+                if not (refused.full and len(batch.elements) > 1):
                     break
         if self._batches:
             self._submit_at_s = time.monotonic() + self._config.poll_s
 
     def _submit_batch(self, batch: _Batch, known: Mapping[str, str]) -> None:
-        array = batch.array or ArrayFolder.new(self._folder, batch.groups)
+        array = batch.array or ArrayFolder.new(self._folder, batch.elements)
         batch.array = array
         job_id = known.get(array.job_name)
         if job_id is None:
@@ -168,7 +169,7 @@ class SlurmLauncher:
             text = submission_script(
                 self._config,
                 array,
-                n=len(batch.groups),
+                n=len(batch.elements),
                 at_once=batch.at_once,
                 threads=self._threads,
                 function=self._function,
@@ -176,8 +177,9 @@ class SlurmLauncher:
             write_file(script, text)
             job_id = self._slurm.sbatch(script)
         array.note_submitted(job_id)
-        for index, group in enumerate(batch.groups):
-            self._elements[f"{job_id}_{index}"] = _Element(array, _folders(group))
+        for index, groups in enumerate(batch.elements):
+            folders = {job["cell_id"]: folder_of(job) for job in chain.from_iterable(groups)}
+            self._elements[f"{job_id}_{index}"] = _Element(array, folders)
 
     def _not_now(self, batch: _Batch, refused: Refused) -> None:
         """Take back what sbatch refused: for later, in two halves where the queue is full, for good otherwise."""
@@ -186,13 +188,14 @@ class SlurmLauncher:
             return
         if batch.array is not None:
             shutil.rmtree(batch.array.path, ignore_errors=True)
-        half = (len(batch.groups) + 1) // 2
-        halves = [_Batch(groups, batch.at_once) for groups in (batch.groups[:half], batch.groups[half:]) if groups]
+        halves = [
+            replace(batch, elements=some, array=None) for some in parts(batch.elements, -(-len(batch.elements) // 2))
+        ]
         if refused.full:
             self._batches[:0] = halves
         else:
             message = f"sbatch refused: {refused}"
-            self._events += [Event(job["cell_id"], "failed", message) for group in batch.groups for job in group]
+            self._events += [Event(job["cell_id"], "failed", message) for job in batch.jobs]
 
     # -- arrays of a launcher that is gone ---------------------------------------------------------
 
@@ -290,17 +293,21 @@ ENDS: dict[str, End] = {
 
 @dataclass
 class _Batch:
-    """Groups that are to be one array.
+    """Elements that are to be one array.
 
     Args:
-        groups: the jobs of each element.
+        elements: the groups of jobs of each.
         at_once: how many of them may run at once.
         array: its folder, where sbatch was asked and its answer lost.
     """
 
-    groups: list[list[Job]]
+    elements: list[list[Group]]
     at_once: int
     array: ArrayFolder | None = None
+
+    @property
+    def jobs(self) -> Iterator[Job]:
+        return (job for groups in self.elements for group in groups for job in group)
 
 
 @dataclass
@@ -320,7 +327,3 @@ class _Element:
     gone_s: float | None = None
     adopted: bool = False
     releases: int = 0
-
-
-def _folders(group: Sequence[Job]) -> dict[str, CellFolder]:
-    return {job["cell_id"]: folder_of(job) for job in group}

@@ -42,6 +42,9 @@ class SlurmConfig:
     qos: str | None = setting("quality of service; null = the default")
     constraint: str | None = setting("features that a node must have; null = any node")
     gpus_per_node: int | None = setting("GPUs of an element; null = none asked for", ge=1)
+    processes_per_gpu: int = setting(
+        "groups of cells trained side by side on each GPU of an element, or on its cores", ge=1
+    )
     gpu_memory_gb: float | None = setting("memory of a GPU: how many small cells fit; null without GPUs", gt=0)
     cpus: int = setting("cores of an element", ge=1)
     mem_gb: float | None = setting("memory of an element; null = the partition's default", gt=0)
@@ -75,6 +78,16 @@ class SlurmConfig:
             raise ConfigError(
                 "signal_delay_s", "leaves no time before it", value=self.signal_delay_s, allowed="< 60 * timeout_min"
             )
+
+    @property
+    def processes(self) -> int:
+        """How many groups of cells an element trains side by side, a process each."""
+        return self.processes_per_gpu * (self.gpus_per_node or 1)
+
+    @property
+    def threads(self) -> int:
+        """The cores of each of these processes, at least one."""
+        return max(1, self.cpus // self.processes)
 
     def check_options(self, known: Collection[str]) -> None:
         """Raise ConfigError for the first further option that sbatch does not have.

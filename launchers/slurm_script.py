@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Sequence
+from typing import TypeVar
 
 from supar_sweep.sweep.arrays import ArrayFolder
 from supar_sweep.training.environment import LAUNCH_ENV
+from supar_sweep.training.slurm_job import command
 
 from .local import THREAD_VARIABLES, search_path
 from .slurm_config import SlurmConfig
 from .slurm_queue import environment_of_job
+
+T = TypeVar("T")
 
 
 def submission_script(
@@ -55,10 +58,8 @@ def submission_script(
         additional_parameters={"requeue": True, **further},
     )
     executor.parameters["map_count"] = n
-    # -P: the working folder is not where modules come from, unless PYTHONPATH says so
-    words = [sys.executable, "-P", "-u", "-m", "supar_sweep.training.slurm_job", str(array.path), function]
-    limits = [str(config.timeout_min * 60), str(config.signal_delay_s)]
-    return executor._make_submission_file_text(shlex.join([*words, *limits]), array.key)
+    words = command(str(array.path), function, str(config.timeout_min * 60), str(config.signal_delay_s))
+    return executor._make_submission_file_text(shlex.join(words), array.key)
 
 
 def _environment(threads: int) -> list[str]:
@@ -85,3 +86,12 @@ def parallelism(sizes: Sequence[int], at_once: int) -> list[int]:
         shares.append(share)
         left, to_share = max(0, left - share), to_share - size
     return shares
+
+
+def parts(items: Sequence[T], size: int) -> list[list[T]]:
+    """Return the items in order as lists of `size`, the last one shorter.
+
+    >>> parts("abcde", 2)
+    [['a', 'b'], ['c', 'd'], ['e']]
+    """
+    return [list(items[start : start + size]) for start in range(0, len(items), size)]

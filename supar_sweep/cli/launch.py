@@ -76,7 +76,7 @@ def with_threads(settings: Settings, cells: Collection[CellConfig]) -> Settings:
     config = launcher_config(settings)
     threads = 1
     if not isinstance(config, LocalConfig):
-        threads = config.cpus
+        threads = config.threads
     elif cells and not trains_on_gpu(runtime.device):
         cores = len(os.sched_getaffinity(0))
         processes = min(config.processes or cores, len(cells))
@@ -205,7 +205,8 @@ def price(settings: Settings, launcher: Launcher) -> Callable[[CellConfig], Pric
         free_gb = 0.8 * all_gb / launcher.processes
     else:  # what this machine has says nothing of the nodes
         device = "cuda" if config.gpus_per_node and runtime.device != "cpu" else "cpu"
-        free_gb = 0.8 * ((config.gpu_memory_gb if device == "cuda" else config.mem_gb) or 0.0)
+        sharing = config.processes_per_gpu if device == "cuda" else config.processes
+        free_gb = 0.8 * ((config.gpu_memory_gb if device == "cuda" else config.mem_gb) or 0.0) / sharing
     # what the price depends on; thousands of cells share a few of these
     known: dict[Any, Price] = {}
 
