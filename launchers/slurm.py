@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -26,10 +26,11 @@ from supar_sweep.training.epitaph import LAST_WORDS_CHARS
 from supar_sweep.training.slurm_job import SETTLED
 from supar_sweep.training.worker import RUN_CELLS
 
+from .slurm_arrays import Batch, Size, batches, parts
 from .slurm_config import SlurmConfig
 from .slurm_follow import Queued, in_queue
 from .slurm_queue import Refused, Slurm
-from .slurm_script import parallelism, parts, submission_script
+from .slurm_script import submission_script
 from .state import Report, Verdict, judge, live_state, words_of_its_own
 
 TICK_S = 0.2
@@ -45,9 +46,10 @@ class SlurmLauncher:
 
     Args:
         config: conf/launcher/slurm.yaml.
-        threads: threads of each process, >= 1.
+        threads: threads of each process, >= 1; None = its share of the element's cores.
         folder: of the arrays' files, on a file system that the nodes share.
         function: what an element calls with its group, "module:name".
+        size: of a job's cell, for those that ask for more.
 
     Raises:
         ConfigError: no SLURM here, or an option that its sbatch does not have.
@@ -56,17 +58,25 @@ class SlurmLauncher:
 
     name = "slurm"
 
-    def __init__(self, config: SlurmConfig, *, threads: int, folder: Path, function: str = RUN_CELLS) -> None:
+    def __init__(
+        self,
+        config: SlurmConfig,
+        *,
+        threads: int | None,
+        folder: Path,
+        function: str = RUN_CELLS,
+        size: Callable[[Job], Size] = lambda job: Size(),
+    ) -> None:
         self._slurm = Slurm()
         if config.sbatch:
             config.check_options(self._slurm.options())
         self._max_array_size = self._slurm.max_array_size()
-        self._config, self._threads, self._function = config, threads, function
+        self._config, self._threads, self._function, self._size = config, threads, function, size
         self._folder = folder.absolute()
         self.slots = config.max_elements * config.processes
         self.processes = config.array_parallelism * config.processes
         self._gathered: list[Group] = []
-        self._batches: list[_Batch] = []
+        self._batches: list[Batch] = []
         self._elements: dict[str, _Element] = {}
         self._left_over: dict[str, Queued] = {}
         self._events: list[Event] = []
@@ -141,9 +151,13 @@ class SlurmLauncher:
         where it is full or its controller away.
         """
         if self._gathered:
-            chunks = parts(parts(self._gathered, self._config.processes), self._max_array_size)
-            shares = parallelism([len(chunk) for chunk in chunks], self._config.array_parallelism)
-            self._batches += [_Batch(chunk, share) for chunk, share in zip(chunks, shares, strict=True)]
+            self._batches += batches(
+                self._gathered,
+                self._config,
+                size=self._size,
+                threads=self._threads,
+                max_array_size=self._max_array_size,
+            )
             self._gathered.clear()
         # an answer of sbatch's that was lost may have been a yes
         known = self._slurm.arrays() if any(batch.array for batch in self._batches) else {}
@@ -160,18 +174,18 @@ class SlurmLauncher:
         if self._batches:
             self._submit_at_s = time.monotonic() + self._config.poll_s
 
-    def _submit_batch(self, batch: _Batch, known: Mapping[str, str]) -> None:
+    def _submit_batch(self, batch: Batch, known: Mapping[str, str]) -> None:
         array = batch.array or ArrayFolder.new(self._folder, batch.elements)
         batch.array = array
         job_id = known.get(array.job_name)
         if job_id is None:
             script = array.path / "submission.sh"
             text = submission_script(
-                self._config,
+                batch.config,
                 array,
                 n=len(batch.elements),
                 at_once=batch.at_once,
-                threads=self._threads,
+                threads=self._threads or batch.config.threads,
                 function=self._function,
             )
             write_file(script, text)
@@ -181,7 +195,7 @@ class SlurmLauncher:
             folders = {job["cell_id"]: folder_of(job) for job in chain.from_iterable(groups)}
             self._elements[f"{job_id}_{index}"] = _Element(array, folders)
 
-    def _not_now(self, batch: _Batch, refused: Refused) -> None:
+    def _not_now(self, batch: Batch, refused: Refused) -> None:
         """Take back what sbatch refused: for later, in two halves where the queue is full, for good otherwise."""
         if refused.unsure:
             self._batches.insert(0, batch)
@@ -289,25 +303,6 @@ ENDS: dict[str, End] = {
     "failed": "failed",
     "cancelled": "cancelled",
 }
-
-
-@dataclass
-class _Batch:
-    """Elements that are to be one array.
-
-    Args:
-        elements: the groups of jobs of each.
-        at_once: how many of them may run at once.
-        array: its folder, where sbatch was asked and its answer lost.
-    """
-
-    elements: list[list[Group]]
-    at_once: int
-    array: ArrayFolder | None = None
-
-    @property
-    def jobs(self) -> Iterator[Job]:
-        return (job for groups in self.elements for group in groups for job in group)
 
 
 @dataclass

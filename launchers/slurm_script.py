@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
-from typing import TypeVar
 
 from supar_sweep.sweep.arrays import ArrayFolder
 from supar_sweep.training.environment import LAUNCH_ENV
@@ -13,8 +11,6 @@ from supar_sweep.training.slurm_job import command
 from .local import THREAD_VARIABLES, search_path
 from .slurm_config import SlurmConfig
 from .slurm_queue import environment_of_job
-
-T = TypeVar("T")
 
 
 def submission_script(
@@ -65,33 +61,3 @@ def submission_script(
 def _environment(threads: int) -> list[str]:
     variables = dict.fromkeys(THREAD_VARIABLES, str(threads))
     return environment_of_job({**LAUNCH_ENV, **variables, "PYTHONPATH": search_path()})
-
-
-def parallelism(sizes: Sequence[int], at_once: int) -> list[int]:
-    """Return how many elements of each array may run at once, so that all together are `at_once`, and each at least one.
-
-    Args:
-        sizes: elements of each array, >= 1.
-        at_once: elements that may run at once, >= 1.
-
-    >>> parallelism([1000, 1000, 500], 64)
-    [26, 25, 13]
-    >>> parallelism([3, 3], 1)
-    [1, 1]
-    """
-    shares = []
-    left, to_share = at_once, sum(sizes)
-    for size in sizes:
-        share = min(size, max(1, round(left * size / to_share)))
-        shares.append(share)
-        left, to_share = max(0, left - share), to_share - size
-    return shares
-
-
-def parts(items: Sequence[T], size: int) -> list[list[T]]:
-    """Return the items in order as lists of `size`, the last one shorter.
-
-    >>> parts("abcde", 2)
-    [['a', 'b'], ['c', 'd'], ['e']]
-    """
-    return [list(items[start : start + size]) for start in range(0, len(items), size)]

@@ -49,7 +49,7 @@ def config(**changes: Any) -> SlurmConfig:
             "array_parallelism": 16,
             "max_elements": 1000,
         },
-        **{"signal_delay_s": 30, "poll_s": 0.5, "grace_s": 2.0, "setup": (), "sbatch": {}},
+        **{"signal_delay_s": 30, "poll_s": 0.5, "grace_s": 2.0, "setup": (), "sbatch": {}, "larger": ()},
     }
     return decode(SlurmConfig, {"name": "slurm", **settings, **changes})
 

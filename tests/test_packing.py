@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from supar_sweep.sweep.arrays import ArrayFolder, own_record
 from supar_sweep.sweep.jobs import folder_of
 from supar_sweep.sweep.records import Attempt
 from supar_sweep.sweep.status import cell_state
-from supar_sweep.training.packing import kernel_ooms, memory_gb
+from supar_sweep.training.packing import kernel_limit_gb, kernel_ooms, memory_gb
 from supar_sweep.training.slurm_job import LEFT, command
 from tests import cluster_cells
 from tests.grids import alive, wait_for
@@ -77,6 +78,7 @@ def test_what_one_process_does_no_other_notices(runs_dir: Path) -> None:
 def test_the_hungriest_is_ended_before_slurm_ends_them_all(runs_dir: Path) -> None:
     hungry, *others = [job_of(runs_dir, seed, steps=30) for seed in (cluster_cells.HUNGRY, 0, 1)]
     array = array_of(runs_dir, [[others[0]], [hungry], [others[1]]])
+    assert kernel_limit_gb() > 0.5, "too small a machine"
     assert start(array, SLURM_MEM_PER_NODE="400").wait(60) == 1
     assert [cell_state(folder_of(job)).state for job in (hungry, *others)] == ["oom", "done", "done"]
     assert "GB of the 0.42 GB that the element's 3 processes share" in end_of(hungry)["message"]
@@ -154,20 +156,43 @@ def test_each_has_a_tmpdir_and_a_gpu_of_its_own(
     assert [result["provenance"]["slurm"]["process"] for result in results] == [1, 2, 3, 4]
 
 
-def test_the_kernels_count_of_what_it_killed(tmp_path: Path) -> None:
-    groups = tmp_path / "groups"
-    assert kernel_ooms(groups) == 0
-    (tmp_path / "slurm" / "task_0").mkdir(parents=True)
-    (tmp_path / "slurm" / "task_0" / "memory.events").write_text("low 0\noom 4\noom_kill 2\n")
-    (tmp_path / "memory" / "job").mkdir(parents=True)
-    (tmp_path / "memory" / "job" / "memory.oom_control").write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 3\n")
-    groups.write_text("0::/slurm/task_0\n")
-    assert kernel_ooms(groups, tmp_path) == 2
-    groups.write_text("9:name=systemd:/\n4:memory:/job\n0::/\n")
-    assert kernel_ooms(groups, tmp_path) == 3
+@pytest.mark.parametrize(
+    ("groups", "files", "limit_gb", "killed"),
+    [
+        ("", {}, math.inf, 0),
+        (
+            "0::/slurm/job/task\n",
+            {
+                **{"slurm/job/task/memory.max": "max\n", "slurm/job/task/memory.events": "low 0\noom 4\noom_kill 2\n"},
+                **{"slurm/job/memory.max": "4000000000\n", "slurm/memory.max": "9000000000\n"},
+            },
+            4.0,
+            2,
+        ),
+        (
+            "9:name=systemd:/\n4:memory:/job\n0::/\n",
+            {
+                "memory/job/memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 3\n",
+                **{"memory/job/memory.limit_in_bytes": "2000000000\n", "memory.max": "1\n"},
+            },
+            2.0,
+            3,
+        ),
+    ],
+)
+def test_what_the_kernel_says_of_memory(
+    tmp_path: Path, groups: str, files: Mapping[str, str], limit_gb: float, killed: int
+) -> None:
+    list_of_groups = tmp_path / "groups"
+    list_of_groups.write_text(groups)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert kernel_limit_gb(list_of_groups, tmp_path) == limit_gb
+    assert kernel_ooms(list_of_groups, tmp_path) == killed
 
 
-def test_memory_of_its_own_is_what_a_process_has_written_to() -> None:
+def test_memory_is_what_a_process_holds() -> None:
     before_gb = memory_gb(os.getpid())
     held = b"x" * 200_000_000
     assert memory_gb(os.getpid()) - before_gb == pytest.approx(len(held) / 1e9, abs=0.05)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 from supar_sweep.cli.launch import price, with_threads
 from supar_sweep.cli.settings import Settings
 from supar_sweep.config.decode import encode
+from supar_sweep.config.schema import CellConfig
+from supar_sweep.sweep.cohorts import Price
 from supar_sweep.training.cost import (
     COMPACT_FLOPS_MULT,
     FLOPS_A_THREAD,
@@ -101,6 +104,36 @@ def test_a_price_says_who_can_be_trained_together(tmp_path: Path) -> None:
         assert of(tiny_cell(density=0.01)).cost == price(settings(compute="dense"), launcher)(cell).cost
         assert price(settings(compute="auto"), launcher)(tiny_cell(density=0.01)).cost < of(cell).cost
     assert encode(cell.model)["width"] == 32
+
+
+def test_on_slurm_an_elements_processes_share_its_memory_and_larger_cells_have_more(tmp_path: Path) -> None:
+    small, large = tiny_cell(), tiny_cell(**{"model.width": 64})
+    assert memory_gb(small) < memory_gb(large)
+    between_gb = (memory_gb(small) + memory_gb(large)) / 2
+    plain = {
+        **dict.fromkeys(("partition", "account", "qos", "constraint", "gpus_per_node", "gpu_memory_gb")),
+        **{"name": "slurm", "wait": True, "cpus": 1, "processes_per_gpu": 1, "mem_gb": 3.5 * memory_gb(large) / 0.8},
+        **{"timeout_min": 10, "array_parallelism": 4, "max_elements": 100, "signal_delay_s": 30, "poll_s": 1.0},
+        **{"grace_s": 2.0, "setup": [], "sbatch": {}, "larger": []},
+    }
+
+    def of(compute: str = "dense", **changes: Any) -> Callable[[CellConfig], Price]:
+        runtime = {**RUNTIME, "compute": compute}
+        command = Settings(command="run", plain={"runtime": runtime, "launcher": {**plain, **changes}}, overrides=())
+        with pool(tmp_path) as launcher:
+            return price(command, launcher)
+
+    assert of()(large).together == 3
+    assert of(processes_per_gpu=3)(large).together == 1
+    row = {"above_gb": between_gb, "mem_gb": 5.5 * memory_gb(large) / 0.8}
+    assert of(larger=[row])(large).together == 5
+    assert of(larger=[row])(small).together == of()(small).together
+    # cells of one shape that ask for different things are not trained by one process
+    sparse = tiny_cell(density=0.1)
+    between_gb = (memory_gb(sparse, compact=True) + memory_gb(small, compact=True)) / 2
+    row = {"above_gb": between_gb, "timeout_min": 20}
+    assert of("compact")(sparse).shape == of("compact")(small).shape
+    assert of("compact", larger=[row])(sparse).shape != of("compact", larger=[row])(small).shape
 
 
 SMI = """#!/bin/sh

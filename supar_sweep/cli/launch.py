@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from supar_sweep.cli.rooms import PACKAGE, room
 from supar_sweep.cli.settings import Settings
@@ -21,7 +21,7 @@ from supar_sweep.sweep.grid import GridPoint
 from supar_sweep.sweep.jobs import Launcher
 from supar_sweep.sweep.submission import Experiment, Plan, make_plan, provenance
 from supar_sweep.training.corpus import check_files, fingerprint, resolve
-from supar_sweep.training.cost import flops_per_step, most_together, relative_cost, threads_for
+from supar_sweep.training.cost import flops_per_step, memory_gb, most_together, relative_cost, threads_for
 from supar_sweep.training.environment import memory_of_machine_gb, versions, visible_gpus
 
 LAUNCHERS = ("local", "slurm")
@@ -48,8 +48,12 @@ def make_launcher(settings: Settings) -> Launcher:
     config, runtime = launcher_config(settings), settings.runtime()
     made: Launcher
     if not isinstance(config, LocalConfig):
+        size = sizes(settings)
         made = room("launchers.slurm").SlurmLauncher(
-            config, threads=runtime.n_threads, folder=settings.runs_dir / "slurm"
+            config,
+            threads=runtime.threads,
+            folder=settings.runs_dir / "slurm",
+            size=lambda job: size(decode(CellConfig, job["cell"])),
         )
         return made
     gpus = gpus_for(runtime.device)
@@ -64,20 +68,19 @@ def make_launcher(settings: Settings) -> Launcher:
 
 
 def with_threads(settings: Settings, cells: Collection[CellConfig]) -> Settings:
-    """Return the settings with runtime.threads as asked; else 1, or more where fewer cells than cores are to be trained.
+    """Return the settings with runtime.threads as asked; else 1, or more where fewer cells than cores are to be trained. On
+    SLURM the launcher knows better: each process gets its share of its element's cores.
 
     Args:
         settings: the settings.
         cells: that are to be trained at once, or one after another.
     """
     runtime = settings.runtime()
-    if runtime.threads is not None:
-        return settings
     config = launcher_config(settings)
+    if runtime.threads is not None or not isinstance(config, LocalConfig):
+        return settings
     threads = 1
-    if not isinstance(config, LocalConfig):
-        threads = config.threads
-    elif cells and not trains_on_gpu(runtime.device):
+    if cells and not trains_on_gpu(runtime.device):
         cores = len(os.sched_getaffinity(0))
         processes = min(config.processes or cores, len(cells))
         with suppress(ConfigError):  # of a cell that cannot be: its own failure comes later
@@ -197,16 +200,22 @@ def price(settings: Settings, launcher: Launcher) -> Callable[[CellConfig], Pric
         launcher: whose processes share the memory.
     """
     runtime, config = settings.runtime(), launcher_config(settings)
+    size = sizes(settings)
     if isinstance(config, LocalConfig):
         gpus_gb = gpus_for(runtime.device).values()
-        device = "cuda" if gpus_gb else "cpu"
         # of the machine a fifth is left to others; a GPU's processes share it
         all_gb = min(gpus_gb) * len(gpus_gb) if gpus_gb else memory_of_machine_gb()
-        free_gb = 0.8 * all_gb / launcher.processes
-    else:  # what this machine has says nothing of the nodes
-        device = "cuda" if config.gpus_per_node and runtime.device != "cpu" else "cpu"
-        sharing = config.processes_per_gpu if device == "cuda" else config.processes
-        free_gb = 0.8 * ((config.gpu_memory_gb if device == "cuda" else config.mem_gb) or 0.0) / sharing
+        here = _Place("cuda" if gpus_gb else "cpu", 0.8 * all_gb / launcher.processes)
+
+    def place(cell: CellConfig) -> _Place:
+        if isinstance(config, LocalConfig):
+            return here
+        row = config.row_for(*size(cell)) if config.larger else 0
+        asked = config.with_row(row)
+        if asked.gpus_per_node and runtime.device != "cpu":
+            return _Place("cuda", 0.8 * asked.gpu_memory_gb / asked.processes_per_gpu, row)
+        return _Place("cpu", 0.8 * (asked.mem_gb or 0.0) / asked.processes, row)
+
     # what the price depends on; thousands of cells share a few of these
     known: dict[Any, Price] = {}
 
@@ -219,6 +228,7 @@ def price(settings: Settings, launcher: Launcher) -> Callable[[CellConfig], Pric
         return known[key]
 
     def priced(cell: CellConfig) -> Price:
+        where = place(cell)
         return Price(
             cost=relative_cost(cell, compact=runtime.compute != "dense" and not runtime.compile),
             # what training.cohort.stack_key asks for, as far as the settings know it
@@ -229,14 +239,44 @@ def price(settings: Settings, launcher: Launcher) -> Callable[[CellConfig], Pric
                 cell.train.accumulation_steps,
                 cell.train.precision,
                 cell.train.target,
+                where.row,
             ),
-            together=together(cell),
+            together=together(cell, where),
         )
 
-    def together(cell: CellConfig) -> int:
+    def together(cell: CellConfig, where: _Place) -> int:
         if cell.train.target is not None or runtime.compile:
             return 1
-        return runtime.cohort or most_together(cell, device=device, free_gb=free_gb)
+        return runtime.cohort or most_together(cell, device=where.device, free_gb=where.free_gb)
+
+    return of
+
+
+class _Place(NamedTuple):
+    """Where a cell is trained: "cpu" or "cuda", the memory for its process there, and by which row of `larger` it asks for it."""
+
+    device: str
+    free_gb: float
+    row: int = 0
+
+
+def sizes(settings: Settings) -> Callable[[CellConfig], tuple[float, float]]:
+    """Return what says how large a cell is: GB of its training and FLOPs of all of it, as `plan` prints them; zeros for a cell
+    that cannot be, whose own failure comes later.
+
+    Args:
+        settings: runtime.compute=compact counts live weights alone.
+    """
+    compact = settings.runtime().compute == "compact"
+    known: dict[Any, tuple[float, float]] = {}
+
+    def of(cell: CellConfig) -> tuple[float, float]:
+        key = shape_key(cell)
+        if key not in known:
+            known[key] = (0.0, 0.0)
+            with suppress(ConfigError):
+                known[key] = (memory_gb(cell, compact=compact), flops(cell))
+        return known[key]
 
     return of
 

@@ -3,14 +3,15 @@
     the element's process     starts the others, hands SLURM's signals on, writes down how one died that could not say so itself
     each of the others        trains its group as an element of its own would, but asks SLURM for nothing
 
-What one of them does, the others do not notice: an exit, an exception, a crash. Memory is shared, and SLURM ends an element as a
-whole where it looks at memory itself; so the hungriest process is ended before that. Where the kernel does it, it takes one
-process, and never the one that watches. No torch.
+What one of them does, the others do not notice: an exit, an exception, a crash. Memory is shared. Where the kernel holds the
+element to what it asked for (control groups), it takes one process, and never the one that watches; where SLURM polls, it
+ends the element as a whole, so the hungriest process is ended before that. No torch.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import signal
@@ -32,11 +33,11 @@ log = logging.getLogger(__name__)
 HEARD = (signal.SIGTERM, signal.SIGUSR2)
 """SLURM's signals: held back while a process is born, which they would end before it can tell what they mean."""
 
-LOOK_S = 0.25
+LOOK_S = 0.2
+"""SLURM polls memory every 30 s, unless a site says otherwise."""
+
 FULL = 0.9
-"""The part of the element's memory at which one is ended. Counted is what a process has of its own; SLURM counts its libraries
-too.
-"""
+"""The part of the element's memory at which one is ended, where the kernel does not do it."""
 
 FIRST_TO_GO = 500
 """Added to a process's badness (/proc/<pid>/oom_score_adj): the kernel takes one of them before the one that watches them."""
@@ -78,23 +79,24 @@ class SideBySide:
                 self._members.append(_Member(number, jobs, self._command, self._array.log(self._element, number)))
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        limit_gb = FULL * int(os.environ.get(SLURM_MEMORY, "0")) * 2**20 / 1e9
+        asked_gb = int(os.environ.get(SLURM_MEMORY, "0")) * 2**20 / 1e9
+        polled = kernel_limit_gb() > asked_gb > 0
         while self._members:
             for member in [member for member in self._members if member.process.poll() is not None]:
                 self._members.remove(member)
                 self._bury(member)
-            if limit_gb:
-                self._make_room(limit_gb)
+            if polled:
+                self._make_room(asked_gb)
             time.sleep(LOOK_S)
 
-    def _make_room(self, limit_gb: float) -> None:
-        """End the hungriest process where all together have too much."""
+    def _make_room(self, asked_gb: float) -> None:
+        """End the hungriest process where all together have nearly what the element asked for."""
         held_gb = {member: memory_gb(member.process.pid) for member in self._members if not member.too_much}
-        if sum(held_gb.values()) > limit_gb and len(self._members) > 1:
+        if sum(held_gb.values()) > FULL * asked_gb and len(self._members) > 1:
             hungriest = max(held_gb, key=lambda member: held_gb[member])
             hungriest.too_much = (
-                f"had {held_gb[hungriest]:.2g} GB of the {limit_gb / FULL:.2g} GB that the element's {len(self._members)} "
-                "processes share: launcher.mem_gb is too little, or launcher.processes_per_gpu too many"
+                f"had {held_gb[hungriest]:.2g} GB of the {asked_gb:.2g} GB that the element's {len(self._members)} processes "
+                "share: launcher.mem_gb is too little, or launcher.processes_per_gpu too many"
             )
             hungriest.process.kill()
 
@@ -144,32 +146,57 @@ class _Member:
 
 
 def memory_gb(pid: int) -> float:
-    """Return the memory that a process has of its own, in units of 1e9 bytes: without files that it maps, which others share and
-    the kernel can take back. 0 where it is gone.
+    """Return the memory that a process has, as SLURM counts it, in units of 1e9 bytes; 0 where it is gone.
 
     Args:
         pid: its id.
     """
     with suppress(OSError):
-        fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-        return sum(int(fields.get(name, "0 kB").split()[0]) for name in ("RssAnon", "RssShmem")) * 1024 / 1e9
+        pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 1e9
     return 0.0
 
 
-def kernel_ooms(groups: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> int:
+PROCESS_GROUPS, MOUNTED = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+
+
+def kernel_limit_gb(groups: Path = PROCESS_GROUPS, mounted: Path = MOUNTED) -> float:
+    """Return the memory that the kernel holds this process and its like to, in units of 1e9 bytes; infinite where it does not.
+
+    Args:
+        groups: the kernel's list of the process's control groups, "<number>:<controllers>:<path>" a line.
+        mounted: where they are to be seen.
+    """
+    limits = [math.inf]
+    for folder in _memory_groups(groups, mounted):
+        for name in ("memory.max", "memory.limit_in_bytes"):  # the second of version 1
+            with suppress(OSError, ValueError):  # "max": none
+                limits.append(int((folder / name).read_text(encoding="ascii")) / 1e9)
+    return min(limits)
+
+
+def kernel_ooms(groups: Path = PROCESS_GROUPS, mounted: Path = MOUNTED) -> int:
     """Return how many processes of this one's control group the kernel has killed for want of memory; 0 where it does not say.
 
     Args:
-        groups: the kernel's list of the process's groups, "<number>:<controllers>:<path>" a line.
-        mounted: where they are to be seen.
+        groups, mounted: as for `kernel_limit_gb`.
     """
-    with suppress(OSError):
-        for line in groups.read_text(encoding="utf-8").splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers not in ("", "memory"):
-                continue
-            file = Path(controllers, path.lstrip("/"), "memory.oom_control" if controllers else "memory.events")
+    for folder in _memory_groups(groups, mounted)[:1]:
+        for name in ("memory.events", "memory.oom_control"):
             with suppress(OSError):
-                words = (row.split() for row in (mounted / file).read_text(encoding="ascii").splitlines())
-                return next((int(count) for name, count in words if name == "oom_kill"), 0)
+                words = (line.split() for line in (folder / name).read_text(encoding="ascii").splitlines())
+                return next((int(count) for key, count in words if key == "oom_kill"), 0)
     return 0
+
+
+def _memory_groups(groups: Path, mounted: Path) -> list[Path]:
+    """Return the folders of the control group that memory is counted in, and of those above it."""
+    lines: list[str] = []
+    with suppress(OSError):
+        lines = groups.read_text(encoding="utf-8").splitlines()
+    for controller in ("memory", ""):  # version 1, and 2, which has no name
+        for _, controllers, path in (line.split(":", 2) for line in lines):
+            if controllers == controller:
+                own = Path(path.lstrip("/"))
+                return [mounted / controller / each for each in (own, *own.parents)]
+    return []
