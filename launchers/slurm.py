@@ -19,6 +19,7 @@ from typing import Self
 
 from supar_sweep.errors import RecordError
 from supar_sweep.sweep.arrays import ArrayFolder, Group, OwnRecord, is_of, own_record
+from supar_sweep.sweep.code import freeze_code
 from supar_sweep.sweep.files import write_file
 from supar_sweep.sweep.jobs import Event, Job, folder_of
 from supar_sweep.sweep.records import CellFolder, End
@@ -47,13 +48,14 @@ class SlurmLauncher:
     Args:
         config: conf/launcher/slurm.yaml.
         threads: threads of each process, >= 1; None = its share of the element's cores.
-        folder: of the arrays' files, on a file system that the nodes share.
+        folder: of the arrays' files, in the runs folder, on a file system that the nodes share.
         function: what an element calls with its group, "module:name".
         size: of a job's cell, for those that ask for more.
 
     Raises:
         ConfigError: no SLURM here, or an option that its sbatch does not have.
         SuparError: its controller does not answer.
+        RecordError: the runs folder does not take a copy of the code.
     """
 
     name = "slurm"
@@ -73,6 +75,7 @@ class SlurmLauncher:
         self._max_array_size = self._slurm.max_array_size()
         self._config, self._threads, self._function, self._size = config, threads, function, size
         self._folder = folder.absolute()
+        self._code = freeze_code(self._folder.parent / "code")
         self.slots = config.max_elements * config.processes
         self.processes = config.array_parallelism * config.processes
         self._gathered: list[Group] = []
@@ -187,6 +190,7 @@ class SlurmLauncher:
                 at_once=batch.at_once,
                 threads=self._threads or batch.config.threads,
                 function=self._function,
+                code=self._code,
             )
             write_file(script, text)
             job_id = self._slurm.sbatch(script)

@@ -60,8 +60,9 @@ class SlurmConfig:
     qos: str | None = setting("quality of service; null = the default")
     constraint: str | None = setting("features that a node must have; null = any node")
     gpus_per_node: int | None = setting("GPUs of an element; null = none asked for", ge=1)
-    processes_per_gpu: int = setting(
-        "groups of cells trained side by side on each GPU of an element, or on its cores", ge=1
+    processes_per_gpu: int | None = setting(
+        "processes on each GPU of an element, or on its cores, each with cells of its own; null = one for the element",
+        ge=1,
     )
     gpu_memory_gb: float | None = setting("memory of a GPU: how many small cells fit; null without GPUs", gt=0)
     cpus: int = setting("cores of an element", ge=1)
@@ -151,7 +152,7 @@ class SlurmConfig:
     @property
     def processes(self) -> int:
         """How many groups of cells an element trains side by side, a process each."""
-        return self.processes_per_gpu * (self.gpus_per_node or 1)
+        return self.processes_per_gpu * (self.gpus_per_node or 1) if self.processes_per_gpu else 1
 
     @property
     def threads(self) -> int:

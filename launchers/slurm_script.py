@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+from pathlib import Path
 
 from supar_sweep.sweep.arrays import ArrayFolder
+from supar_sweep.sweep.code import VERSION_VARIABLE
 from supar_sweep.training.environment import LAUNCH_ENV
 from supar_sweep.training.slurm_job import command
 
@@ -14,7 +17,7 @@ from .slurm_queue import environment_of_job
 
 
 def submission_script(
-    config: SlurmConfig, array: ArrayFolder, *, n: int, at_once: int, threads: int, function: str
+    config: SlurmConfig, array: ArrayFolder, *, n: int, at_once: int, threads: int, function: str, code: Path
 ) -> str:
     """Return the batch script of an array.
 
@@ -25,6 +28,7 @@ def submission_script(
         at_once: how many of them may run at once.
         threads: of each process.
         function: what an element calls with its group, "module:name".
+        code: the folder that holds the package as it was at submission.
     """
     from submitit import SlurmExecutor
 
@@ -49,7 +53,7 @@ def submission_script(
         array_parallelism=at_once,
         signal_delay_s=config.signal_delay_s,
         stderr_to_stdout=True,
-        setup=[*_environment(threads), *config.setup],
+        setup=[*environment_of_job(job_environment(threads, code)), *config.setup],
         srun_args=["--cpus-per-task", str(config.cpus)],  # srun stopped inheriting it in 22.05
         additional_parameters={"requeue": True, **further},
     )
@@ -58,6 +62,13 @@ def submission_script(
     return executor._make_submission_file_text(shlex.join(words), array.key)
 
 
-def _environment(threads: int) -> list[str]:
-    variables = dict.fromkeys(THREAD_VARIABLES, str(threads))
-    return environment_of_job({**LAUNCH_ENV, **variables, "PYTHONPATH": search_path()})
+def job_environment(threads: int, code: Path) -> dict[str, str]:
+    """Return the variables that an element is started with.
+
+    Args:
+        threads: of each process.
+        code: the folder that holds the package as it was at submission. The user's own modules are found where they are found
+            here.
+    """
+    variables = {**LAUNCH_ENV, **dict.fromkeys(THREAD_VARIABLES, str(threads)), VERSION_VARIABLE: code.name}
+    return {**variables, "PYTHONPATH": os.pathsep.join([str(code), search_path()])}

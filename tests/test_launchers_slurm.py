@@ -43,7 +43,7 @@ def config(**changes: Any) -> SlurmConfig:
         **{
             "wait": True,
             "cpus": 1,
-            "processes_per_gpu": 1,
+            "processes_per_gpu": None,
             "mem_gb": 0.25,
             "timeout_min": 10,
             "array_parallelism": 16,

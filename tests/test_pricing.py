@@ -112,7 +112,7 @@ def test_on_slurm_an_elements_processes_share_its_memory_and_larger_cells_have_m
     between_gb = (memory_gb(small) + memory_gb(large)) / 2
     plain = {
         **dict.fromkeys(("partition", "account", "qos", "constraint", "gpus_per_node", "gpu_memory_gb")),
-        **{"name": "slurm", "wait": True, "cpus": 1, "processes_per_gpu": 1, "mem_gb": 3.5 * memory_gb(large) / 0.8},
+        **{"name": "slurm", "wait": True, "cpus": 1, "processes_per_gpu": None, "mem_gb": 3.5 * memory_gb(large) / 0.8},
         **{"timeout_min": 10, "array_parallelism": 4, "max_elements": 100, "signal_delay_s": 30, "poll_s": 1.0},
         **{"grace_s": 2.0, "setup": [], "sbatch": {}, "larger": []},
     }

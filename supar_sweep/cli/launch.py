@@ -213,7 +213,7 @@ def price(settings: Settings, launcher: Launcher) -> Callable[[CellConfig], Pric
         row = config.row_for(*size(cell)) if config.larger else 0
         asked = config.with_row(row)
         if asked.gpus_per_node and runtime.device != "cpu":
-            return _Place("cuda", 0.8 * asked.gpu_memory_gb / asked.processes_per_gpu, row)
+            return _Place("cuda", 0.8 * asked.gpu_memory_gb / (asked.processes_per_gpu or 1), row)
         return _Place("cpu", 0.8 * (asked.mem_gb or 0.0) / asked.processes, row)
 
     # what the price depends on; thousands of cells share a few of these

@@ -29,10 +29,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from supar_sweep.errors import RecordError
+from supar_sweep.errors import BusyError, RecordError
 from supar_sweep.sweep.arrays import ArrayFolder, own_record, stamped
+from supar_sweep.sweep.code import code_problem, code_version
 from supar_sweep.sweep.files import read_json, write_json
 from supar_sweep.sweep.jobs import Job, folder_of
+from supar_sweep.sweep.records import Attempt
 from supar_sweep.training.environment import prepare_process
 from supar_sweep.training.member import Stop
 from supar_sweep.training.packing import HEARD, SideBySide
@@ -114,7 +116,8 @@ def main(arguments: Sequence[str]) -> int:
     restarts, node = int(os.environ.get("SLURM_RESTART_COUNT", "0")), os.environ.get("SLURMD_NODENAME", "")
     log.info("%s on %s, start %d", element, node, restarts + 1)
     groups = dict(enumerate(folder.elements()[index], 1))
-    facts = {"node": node, "restarts": restarts} | ({"process": number} if number else {})
+    code = code_version()
+    facts = {"node": node, "restarts": restarts, "code": code} | ({"process": number} if number else {})
     jobs = [
         [stamped(job, folder.key, element, **facts) for job in group]
         for this, group in groups.items()
@@ -124,7 +127,9 @@ def main(arguments: Sequence[str]) -> int:
     left = {this: [job for job in group if ends[job["cell_id"]] not in SETTLED] for this, group in enumerate(jobs, 1)}
     if unsettled := [*chain.from_iterable(left.values())]:
         before = {job["cell_id"]: steps_done(job) for job in unsettled}
-        if len(jobs) > 1:
+        if problem := code_problem(code):
+            ends |= refused(unsettled, problem)
+        elif len(jobs) > 1:
             processes = SideBySide(folder, element, command(*arguments))
             signals.hand_on = processes.hand_on
             processes.train({this: group for this, group in left.items() if group}, lambda: signals.why)
@@ -142,6 +147,23 @@ def main(arguments: Sequence[str]) -> int:
     if signals.why is not None and any(end not in SETTLED for end in ends.values()):
         return LEFT
     return int(any(end not in ("done", "diverged") for end in ends.values()))
+
+
+def refused(jobs: Sequence[Job], problem: str) -> dict[str, str]:
+    """Return the ends of cells that are not to be trained, "failed", each written into an attempt.
+
+    Args:
+        jobs: of the cells.
+        problem: one line on the cause.
+    """
+    for job in jobs:
+        log.error("%s: %s", job["cell_id"], problem)
+        with (
+            suppress(BusyError, RecordError),
+            Attempt(folder_of(job), job["cell"], {"provenance": job["provenance"]}) as attempt,
+        ):
+            attempt.end("failed", problem)
+    return {job["cell_id"]: "failed" for job in jobs}
 
 
 def ends_of(jobs: Iterable[Job], array: ArrayFolder) -> dict[str, str]:

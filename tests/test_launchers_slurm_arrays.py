@@ -1,8 +1,12 @@
-"""Arrays whose elements hold several processes, and arrays of unequal resources, on a real SLURM."""
+"""What arrays are made of, on a real SLURM: elements of several processes, unequal resources, the code of the submission."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -13,6 +17,7 @@ import pytest
 from launchers.slurm import SlurmLauncher
 from launchers.slurm_arrays import Size
 from supar_sweep.sweep.arrays import ArrayFolder
+from supar_sweep.sweep.code import PACKAGE, code_version
 from supar_sweep.sweep.jobs import folder_of
 from supar_sweep.sweep.status import cell_state
 from tests import cluster_cells
@@ -101,3 +106,29 @@ def test_cells_that_need_more_are_in_an_array_of_their_own(slurm: Cluster, runs_
         ("gpu", "256M", "1", "00:10:00"): [[(0, 1), (1, 1)], [(2, 1)]],
         ("cancelling", "512M", "4", "00:20:00"): [[(30, 2), (31, 2)]],  # its four cores shared by two
     }
+
+
+SUBMIT = """
+import pathlib, sys
+from tests.test_launchers_slurm import job_of, launcher
+runs = pathlib.Path(sys.argv[1])
+with launcher(runs, sbatch={"hold": True}) as made:
+    made.submit([job_of(runs, 1)])
+    made.flush()
+"""
+
+
+def test_a_job_runs_the_code_that_it_was_submitted_with(slurm: Cluster, runs_dir: Path, tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    for folder in (PACKAGE, *(PACKAGE.parent / name for name in ("launchers", "tests"))):
+        shutil.copytree(folder, checkout / folder.name)
+    here = {**os.environ, "PYTHONPATH": str(checkout)}
+    subprocess.run([sys.executable, "-P", "-c", SUBMIT, str(runs_dir)], env=here, cwd=tmp_path, check=True)
+    (checkout / PACKAGE.name / "sweep" / "records.py").write_text("raise SystemExit('edited')\n")
+    [array] = (runs_dir / "slurm").iterdir()
+    slurm.ask("scontrol", "release", json.loads((array / "submitted.json").read_text())["job_id"])
+    job = job_of(runs_dir, 1)
+    slurm.wait_for(lambda: cell_state(folder_of(job)).complete)
+    result = folder_of(job).result() or {}
+    assert result["provenance"]["slurm"]["code"] == code_version()
+    assert_whole_curve(job, 6)
