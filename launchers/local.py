@@ -89,6 +89,16 @@ class LocalLauncher:
         found, self._events = self._events, []
         return found
 
+    def known(self) -> dict[str, str]:
+        """Return {}: nothing outlives a pool."""
+        return {}
+
+    def withdraw(self) -> set[str]:
+        """Take back the groups that no worker has, and return their cells."""
+        waiting = {job["cell_id"] for group in self._queue for job in group}
+        self._queue.clear()
+        return waiting
+
     def cancel(self, *, now: bool = False) -> None:
         """Drop what waits; ask what runs to save and end as `cancelled`, or kill it `now`."""
         self._cancelled = True

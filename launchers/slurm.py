@@ -84,7 +84,8 @@ class SlurmLauncher:
         self._left_over: dict[str, Queued] = {}
         self._events: list[Event] = []
         self._cancelled = False
-        self._submit_at_s = self._look_at_s = self._left_over_until_s = 0.0
+        self._withdrawn: set[str] = set()
+        self._submit_at_s = self._look_at_s = self._withdraw_at_s = self._left_over_until_s = 0.0
 
     # -- the protocol ------------------------------------------------------------------------------
 
@@ -110,16 +111,31 @@ class SlurmLauncher:
                 return found
             time.sleep(min(TICK_S, deadline_s - now_s))
 
+    def withdraw(self) -> set[str]:
+        """Take back what has not begun, and return its cells. What is not known to be gone is told by a later call: what was just
+        about to begin, and the whole queue while the controller is away.
+        """
+        back = {job["cell_id"] for job in self._kept_back()} | self._withdrawn
+        self._withdrawn = set()
+        waiting = {each: element for each, element in self._elements.items() if not element.begun}
+        if not waiting or time.monotonic() < self._withdraw_at_s:
+            return back
+        names = sorted({element.array.job_name for element in waiting.values()})
+        queue = self._slurm.queue(names) or {}
+        pending = [each for each in waiting if each in queue and queue[each].to_begin]
+        self._slurm.cancel(pending, now=False)
+        left = self._slurm.queue(names) if pending else None
+        for each in pending:
+            waiting[each].withdrawn = True
+            if left is not None and (each not in left or not left[each].live):
+                back |= self._elements.pop(each).waiting.keys()
+        self._withdraw_at_s = time.monotonic() + self._config.poll_s
+        return back
+
     def cancel(self, *, now: bool = False) -> None:
         """Drop what was not submitted; have SLURM end the rest: asked to save first, or killed `now`."""
         self._cancelled = True
-        kept_back = [*chain.from_iterable(self._gathered), *(job for batch in self._batches for job in batch.jobs)]
-        self._events += [Event(job["cell_id"], "cancelled") for job in kept_back]
-        for batch in self._batches:
-            if batch.array is not None:
-                self._slurm.cancel_name(batch.array.job_name)
-        self._gathered.clear()
-        self._batches.clear()
+        self._events += [Event(job["cell_id"], "cancelled") for job in self._kept_back()]
         whole = {element.array.key for element in self._elements.values() if not element.adopted}
         ids = {
             each if element.array.key not in whole else each.partition("_")[0]
@@ -146,6 +162,16 @@ class SlurmLauncher:
         """Submit what was gathered, and return the cells that the queue does not take now."""
         self._submit_gathered()
         return {job["cell_id"] for batch in self._batches for job in batch.jobs}
+
+    def _kept_back(self) -> list[Job]:
+        """Drop what is not in the queue yet, and return it."""
+        kept_back = [*chain.from_iterable(self._gathered), *(job for batch in self._batches for job in batch.jobs)]
+        for batch in self._batches:
+            if batch.array is not None:  # sbatch did not answer: it may be there all the same
+                self._slurm.cancel_name(batch.array.job_name)
+        self._gathered.clear()
+        self._batches.clear()
+        return kept_back
 
     # -- submission --------------------------------------------------------------------------------
 
@@ -254,8 +280,9 @@ class SlurmLauncher:
         accounts = self._slurm.accounts(sorted(gone))
         for each, element in list(self._elements.items()):
             report = queue.get(each)
-            if report is not None and report.live and report.state != "RUNNING" and not report.restarts:
-                continue  # not begun yet: its cells' files have nothing to tell
+            if report is not None and report.to_begin:
+                continue  # its cells' files have nothing to tell
+            element.begun = True
             self._judge(each, element, report, accounts.get(each), now_s - (element.gone_s or now_s))
             if not element.waiting:
                 del self._elements[each]
@@ -277,7 +304,11 @@ class SlurmLauncher:
             )
             if verdict.settled:
                 del element.waiting[cell_id]
-                self._events.append(self._told(verdict, own, folder, element.array, each, last_words))
+                event = self._told(verdict, own, folder, element.array, each, last_words)
+                if element.withdrawn and verdict.state in ("cancelled", "missing"):
+                    self._withdrawn.add(cell_id)
+                else:
+                    self._events.append(event)
 
     def _told(
         self, verdict: Verdict, own: OwnRecord, folder: CellFolder, array: ArrayFolder, each: str, last_words: str
@@ -296,7 +327,7 @@ class SlurmLauncher:
         if own.begun and (own.end is None or end != own.end or message != own.message):
             with suppress(RecordError):
                 folder.close_attempt(ENDS[end], message, lambda info: is_of(info, array.key))
-        return Event(folder.cell_id, end, message, died)
+        return Event(folder.cell_id, end, message, died, wanted=verdict.wanted)
 
 
 ENDS: dict[str, End] = {
@@ -319,6 +350,8 @@ class _Element:
         gone_s: when it was first seen to be neither waiting nor running (time.monotonic); None = it is.
         adopted: submitted by an earlier launcher.
         releases: how often it was let go after a node could not start it.
+        begun: it was seen to have begun, or to be gone.
+        withdrawn: SLURM was asked to end it before it had begun.
     """
 
     array: ArrayFolder
@@ -326,3 +359,5 @@ class _Element:
     gone_s: float | None = None
     adopted: bool = False
     releases: int = 0
+    begun: bool = False
+    withdrawn: bool = False

@@ -59,11 +59,10 @@ def in_queue(slurm: Slurm, folder: Path) -> dict[str, Queued]:
                     continue
                 queued = Queued(f"{job_id}_{index}", array, report)
                 # of one that has begun, some cells may be through
-                begun = report.state == "RUNNING" or report.restarts
                 found |= {
                     job["cell_id"]: queued
                     for job in chain.from_iterable(groups)
-                    if not begun or own_record(folder_of(job), array.key).end not in SETTLED
+                    if report.to_begin or own_record(folder_of(job), array.key).end not in SETTLED
                 }
     return found
 

@@ -64,6 +64,11 @@ class Report(NamedTuple):
         return self.state in WAITING | HELD | AT_WORK
 
     @property
+    def to_begin(self) -> bool:
+        """Whether the element is in the queue and no process of it has run."""
+        return self.state in WAITING | HELD and not self.restarts
+
+    @property
     def launch_failed(self) -> bool:
         """Whether SLURM holds the element because a node could not start it, and not because somebody wanted that."""
         return self.state in WAITING | HELD and "launch failed" in self.reason.lower().replace("_", " ")
@@ -77,12 +82,14 @@ class Verdict(NamedTuple):
         message: one line on the cause; "" where the state says it all.
         settled: nothing further will come of it.
         died: its process was lost without a word of its own.
+        wanted: somebody cancelled it.
     """
 
     state: str
     message: str = ""
     settled: bool = False
     died: bool = False
+    wanted: bool = False
 
 
 def judge(
@@ -136,8 +143,12 @@ def live_state(queue: Report) -> str:
 def _ended(own: OwnRecord, said: Report | None, last_words: str) -> Verdict:
     state = ENDED.get(said.state, "unknown") if said else ("stale" if own.begun else "missing")
     if own.end is not None:  # it saved and left, and SLURM did not start it again
-        stronger = state in ("preempted", "node-failed", "timeout")
-        return Verdict(state if stronger else own.end, own.message, settled=True)
+        if state not in ("preempted", "node-failed", "timeout", "cancelled"):
+            # a process that hears of a preemption says so: no other record tells it from a scancel
+            state = "preempted" if own.message.startswith("preempted") else own.end
+        # where SLURM knows of no scancel, the process was told to stop by something else
+        wanted = state == "cancelled" and (said is None or ENDED.get(said.state) == "cancelled")
+        return Verdict(state, own.message, settled=True, wanted=wanted)
     if state in ("failed", "stale", "unknown") and OOM_TEXT.search(last_words):
         state = "oom"
     if state == "oom":
@@ -145,7 +156,7 @@ def _ended(own: OwnRecord, said: Report | None, last_words: str) -> Verdict:
     if state == "timeout":
         return Verdict("timeout", "killed at the time limit", settled=True)
     if state == "cancelled":
-        return Verdict("cancelled", "cancelled (scancel)", settled=True)
+        return Verdict("cancelled", "cancelled (scancel)", settled=True, wanted=True)
     if state == "preempted":
         return Verdict("preempted", "preempted, and not requeued", settled=True, died=True)
     if state == "node-failed":

@@ -120,7 +120,7 @@ def test_a_process_that_left_no_word_has_slurms(said: str | None, state: str, di
 
 
 def test_an_element_that_never_began_and_is_gone_is_missing() -> None:
-    assert verdict(OwnRecord())[::2] == ("missing", True)
+    assert verdict(OwnRecord())[:3:2] == ("missing", True)
 
 
 @pytest.mark.parametrize(
@@ -134,8 +134,24 @@ def test_an_element_that_never_began_and_is_gone_is_missing() -> None:
     ],
 )
 def test_one_that_saved_and_was_not_started_again_keeps_its_words(said: str | None, state: str) -> None:
-    found = verdict(OwnRecord("cancelled", "after 3 of 9 steps", begun=True), said)
-    assert found[:3] == (state, "after 3 of 9 steps", True)
+    found = verdict(OwnRecord("cancelled", "cancelled after 3 of 9 steps", begun=True), said)
+    assert found[:3] == (state, "cancelled after 3 of 9 steps", True)
+
+
+@pytest.mark.parametrize("said", ["FAILED", "COMPLETED", "PREEMPTED", None])
+def test_one_that_was_preempted_and_not_requeued_was_not_cancelled_by_anybody(said: str | None) -> None:
+    own = OwnRecord("cancelled", "preempted after 3 of 9 steps; not requeued: no", begun=True)
+    assert verdict(own, said)[:3] == ("preempted", own.message, True)
+    assert verdict(own, "CANCELLED").wanted, "a scancel while it waits for its new start"
+    assert verdict(OwnRecord("timeout", "timeout after 3 of 9 steps", begun=True), "CANCELLED").wanted
+
+
+def test_who_was_cancelled_by_somebody_is_slurms_word() -> None:
+    own = OwnRecord("cancelled", "cancelled after 3 of 9 steps", begun=True)
+    wanted = {said: verdict(own, said).wanted for said in ("CANCELLED", None, "FAILED", "COMPLETED", "NODE_FAIL")}
+    assert [said for said, each in wanted.items() if each] == ["CANCELLED", None]
+    assert verdict(OwnRecord(begun=True), "CANCELLED").wanted
+    assert not verdict(OwnRecord(begun=True), "FAILED").wanted
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,12 @@ class CellFolder:
         attempts = self.attempts()
         return read_json(attempts[-1] / "end.json") if attempts else None
 
+    def begun_at(self) -> int:
+        """Return the step that the newest attempt went on from; 0 where none has begun, or it cannot be read."""
+        with suppress(RecordError, IndexError):
+            return int((read_json(self.attempts()[-1] / "attempt.json") or {}).get("resumed_from_step", 0))
+        return 0
+
     def is_locked(self) -> bool:
         """Return whether a live process works on the cell now, here or wherever the file system is
         shared.

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from supar_sweep.sweep import locks
 from supar_sweep.sweep.code import code_version
 from supar_sweep.sweep.files import read_json, write_json
 from supar_sweep.sweep.identity import cell_id, label
+from supar_sweep.sweep.interrupt import CANCEL
 from supar_sweep.sweep.records import Store
 
 PLAN_VERSION = 1
@@ -217,7 +217,7 @@ class Experiment:
             raise RecordError(f"{path} is torn ({error}); `run` writes it anew") from error
 
     def cancel(self) -> locks.Holder:
-        """Ask the experiment's `run` to stop, as Ctrl-C does there, and return which process it is.
+        """Ask the experiment's `run` to stop its cells and itself, and return which process it is.
 
         Raises:
             SuparError: nothing runs, or it runs on another machine; the text says where.
@@ -228,7 +228,7 @@ class Experiment:
         if runner.host != socket.gethostname():
             raise SuparError(f"experiment {self.name} is run by {runner}: cancel it there")
         try:
-            os.kill(runner.pid, signal.SIGINT)
+            os.kill(runner.pid, CANCEL)
         except OSError as error:
             raise SuparError(f"cannot signal the run ({runner}): {error.strerror}") from error
         return runner
