@@ -17,6 +17,8 @@ SET_ELSEWHERE: Mapping[str, str] = {
     "account": "account",
     "qos": "qos",
     "constraint": "constraint",
+    "nodes": "nodes",
+    "ntasks-per-node": "tasks_per_node",
     "gpus-per-node": "gpus_per_node",
     "cpus-per-task": "cpus",
     "mem": "mem_gb",
@@ -28,7 +30,7 @@ SET_ELSEWHERE: Mapping[str, str] = {
 
 FIXED = (
     *("job-name", "output", "error", "open-mode", "requeue", "no-requeue", "wrap", "parsable", "wait", "test-only"),
-    *("nodes", "ntasks", "ntasks-per-node", "help", "usage", "version", "clusters"),
+    *("ntasks", "help", "usage", "version", "clusters"),
 )
 """Those that the launcher needs as they are."""
 
@@ -59,14 +61,18 @@ class SlurmConfig:
     account: str | None = setting("account; null = yours by default")
     qos: str | None = setting("quality of service; null = the default")
     constraint: str | None = setting("features that a node must have; null = any node")
-    gpus_per_node: int | None = setting("GPUs of an element; null = none asked for", ge=1)
+    nodes: int = setting("nodes of an element; on several, all train each cell together", ge=1)
+    tasks_per_node: int | None = setting(
+        "processes on each node that train a cell together; null = one a GPU, or one", ge=1
+    )
+    gpus_per_node: int | None = setting("GPUs of an element on each node; null = none asked for", ge=1)
     processes_per_gpu: int | None = setting(
-        "processes on each GPU of an element, or on its cores, each with cells of its own; null = one for the element",
+        "processes on each GPU of an element, or on its cores, each with cells of its own; null = one for the element, or ranks",
         ge=1,
     )
     gpu_memory_gb: float | None = setting("memory of a GPU: how many small cells fit; null without GPUs", gt=0)
-    cpus: int = setting("cores of an element", ge=1)
-    mem_gb: float | None = setting("memory of an element; null = the partition's default", gt=0)
+    cpus: int = setting("cores of each process", ge=1)
+    mem_gb: float | None = setting("memory of an element on each node; null = the partition's default", gt=0)
     timeout_min: int = setting("time limit; a cell that reaches it is saved and requeued", ge=1)
     array_parallelism: int = setting("elements that run at once", ge=1)
     max_elements: int = setting("elements in the queue at once, the running ones counted", ge=1)
@@ -96,6 +102,18 @@ class SlurmConfig:
             raise ConfigError(
                 "gpu_memory_gb", "does not go with gpus_per_node", value=self.gpu_memory_gb, allowed=allowed
             )
+        if self.gpus_per_node is not None and self.tasks_per_node not in (None, self.gpus_per_node):
+            raise ConfigError(
+                "tasks_per_node",
+                f"does not go with gpus_per_node={self.gpus_per_node}: a process has one GPU, and every GPU a process",
+                value=self.tasks_per_node,
+                allowed="null",
+            )
+        if self.processes_per_gpu and (self.nodes > 1 or self.tasks_per_node):
+            key = "nodes" if self.nodes > 1 else "tasks_per_node"
+            problem = "has all processes train each cell together, and processes_per_gpu gives each cells of its own"
+            allowed = "1" if self.nodes > 1 else "null"
+            raise ConfigError(key, problem, value=getattr(self, key), allowed=f"{allowed}, or processes_per_gpu=null")
         if self.signal_delay_s >= self.timeout_min * 60:
             raise ConfigError(
                 "signal_delay_s", "leaves no time before it", value=self.signal_delay_s, allowed="< 60 * timeout_min"
@@ -158,6 +176,16 @@ class SlurmConfig:
     def threads(self) -> int:
         """The cores of each of these processes, at least one."""
         return max(1, self.cpus // self.processes)
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Tasks of SLURM's on each node of an element."""
+        return 1 if self.processes_per_gpu else self.tasks_per_node or self.gpus_per_node or 1
+
+    @property
+    def ranks(self) -> int:
+        """Processes that train a cell together."""
+        return self.nodes * self.ranks_per_node
 
     def check_options(self, known: Collection[str]) -> None:
         """Raise ConfigError for the first further option that sbatch does not have.

@@ -47,19 +47,25 @@ def submission_script(
         job_name=array.job_name,
         wckey=None,  # submitit has one of its own, which a site that keeps a list of them refuses
         time=config.timeout_min,
-        nodes=1,
-        ntasks_per_node=1,
+        nodes=config.nodes,
+        ntasks_per_node=config.ranks_per_node,
         cpus_per_task=config.cpus,
         array_parallelism=at_once,
         signal_delay_s=config.signal_delay_s,
         stderr_to_stdout=True,
         setup=[*environment_of_job(job_environment(threads, code)), *config.setup],
-        srun_args=["--cpus-per-task", str(config.cpus)],  # srun stopped inheriting it in 22.05
+        srun_args=_srun_options(config),
         additional_parameters={"requeue": True, **further},
     )
     executor.parameters["map_count"] = n
-    words = command(str(array.path), function, str(config.timeout_min * 60), str(config.signal_delay_s))
-    return executor._make_submission_file_text(shlex.join(words), array.key)
+    limits = [str(config.timeout_min * 60), str(config.signal_delay_s), str(config.ranks)]
+    return executor._make_submission_file_text(shlex.join(command(str(array.path), function, *limits)), array.key)
+
+
+def _srun_options(config: SlurmConfig) -> list[str]:
+    cores = ["--cpus-per-task", str(config.cpus)]  # srun stopped inheriting it in 22.05
+    # ranks that outlive a dead one wait for it, on a GPU for long
+    return [*cores, "--kill-on-bad-exit=1"] if config.ranks > 1 else cores
 
 
 def job_environment(threads: int, code: Path) -> dict[str, str]:

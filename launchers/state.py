@@ -39,7 +39,10 @@ ENDED = {
 OOM_TEXT = re.compile(r"exceeded (job )?memory limit|oom[-_ ]kill", re.IGNORECASE)
 """What SLURM writes into a job's own output: where memory is polled, its state is FAILED and no more."""
 
-TASK_END = re.compile(r"^srun: error: \S+: task \d+: (.+)$", re.MULTILINE)
+START = re.compile(r", start \d+$", re.MULTILINE)
+"""The end of the first line that a start of an element prints (training.slurm_job)."""
+
+TASK_END = re.compile(r"^srun: error: \S+: tasks? [\d,-]+: (.+)$", re.MULTILINE)
 SLURM_LINE = re.compile(r"(srun|slurmstepd\S*): ")
 
 
@@ -172,7 +175,8 @@ def _ended(own: OwnRecord, said: Report | None, last_words: str) -> Verdict:
 
 def exit_told(last_words: str, code: int) -> int:
     """Return the exit code of an element's process, or minus the signal that killed it: srun's own word for it, since the
-    element's code is 9 or 137 after a SIGKILL, and also after sys.exit(9).
+    element's code is 9 or 137 after a SIGKILL, and also after sys.exit(9). Of several tasks, the first to go took the others
+    with it.
 
     Args:
         last_words: the end of what the element printed, srun's lines among it.
@@ -181,13 +185,13 @@ def exit_told(last_words: str, code: int) -> int:
     >>> exit_told("srun: error: n1: task 0: Killed\\nsrun: Force Terminated StepId=7.0\\n", 9)
     -9
     """
-    said = TASK_END.findall(last_words)
+    said = TASK_END.findall(START.split(last_words)[-1])
     if not said:
         return 128 - code if code > 128 else code
-    if left := re.match(r"Exited with exit code (\d+)", said[-1]):
+    if left := re.match(r"Exited with exit code (\d+)", said[0]):
         return int(left[1])
     words = {signal.strsignal(each) or "": each for each in signal.valid_signals()}
-    return -words.get(said[-1].removesuffix(" (core dumped)").strip(), -code)
+    return -words.get(said[0].removesuffix(" (core dumped)").strip(), -code)
 
 
 def words_of_its_own(last_words: str) -> str:

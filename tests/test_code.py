@@ -38,7 +38,7 @@ def edit(package: Path) -> None:
 def start(array: ArrayFolder, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     slurm = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0"}
     return subprocess.run(
-        command(str(array.path), cluster_cells.RUN, "600", "30"),
+        command(str(array.path), cluster_cells.RUN, "600", "30", "1"),
         env={**os.environ, **slurm, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

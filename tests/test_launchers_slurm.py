@@ -54,6 +54,7 @@ def config(**changes: Any) -> SlurmConfig:
             "max_elements": 1000,
         },
         **{"signal_delay_s": 30, "poll_s": 0.5, "grace_s": 2.0, "setup": (), "sbatch": {}, "larger": ()},
+        **{"nodes": 1, "tasks_per_node": None},
     }
     return decode(SlurmConfig, {"name": "slurm", **settings, **changes})
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +12,12 @@ import pytest
 from launchers.slurm_arrays import Size, batches, parallelism
 from launchers.slurm_config import SlurmConfig, options_in
 from launchers.slurm_queue import Refused, read_accounts
+from launchers.slurm_script import submission_script
 from supar_sweep.cli.compose import register_resolvers
 from supar_sweep.cli.rooms import conf_dir
 from supar_sweep.config.decode import decode
 from supar_sweep.errors import ConfigError
+from supar_sweep.sweep.arrays import ArrayFolder
 
 USAGE = """Usage: sbatch [OPTIONS(0)...] [ : [OPTIONS(N)...]] script(0) [args(0)...]
 
@@ -49,6 +53,16 @@ def test_what_is_shipped_is_valid(name: str) -> None:
         ({"gpus_per_node": None}, r"launcher.gpu_memory_gb: does not go with gpus_per_node \(got 40"),
         ({"sbatch": {"time": 10}}, "launcher.sbatch.time: is set by launcher.timeout_min"),
         ({"sbatch": {"cpus_per_task": 10}}, "launcher.sbatch.cpus_per_task: is set by launcher.cpus"),
+        (
+            {"gpus_per_node": 4, "tasks_per_node": 2},
+            r"launcher.tasks_per_node: does not go with gpus_per_node=4: .* \(got 2\); allowed: null",
+        ),
+        ({"sbatch": {"nodes": 2}}, "launcher.sbatch.nodes: is set by launcher.nodes"),
+        (
+            {"nodes": 2, "processes_per_gpu": 2},
+            r"launcher.nodes: has all processes .* allowed: 1, or processes_per_gpu=null",
+        ),
+        ({"tasks_per_node": 1, "processes_per_gpu": 2}, r"launcher.tasks_per_node: has all processes"),
         ({"sbatch": {"requeue": True}}, "launcher.sbatch.requeue: is the launcher's own"),
         ({"sbatch": {"exclusive": False}}, "launcher.sbatch.exclusive: must be text, a number, or true"),
         (
@@ -139,6 +153,31 @@ def test_groups_become_arrays_of_equal_resources_several_an_element_none_too_lar
     [batch] = batches(small[:1], config, size=lambda job: Size(), threads=7, max_array_size=4)
     assert {job["runtime"]["threads"] for job in batch.jobs} == {7}
     assert small[0][0]["runtime"]["threads"] is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks"),
+    [
+        ({}, 1),
+        ({"gpus_per_node": 4}, 4),
+        ({"gpus_per_node": 4, "nodes": 3}, 12),
+        ({"gpus_per_node": 4, "processes_per_gpu": 2}, 1),
+        ({"gpus_per_node": None, "gpu_memory_gb": None, "nodes": 2}, 2),
+        ({"gpus_per_node": None, "gpu_memory_gb": None, "nodes": 2, "tasks_per_node": 5}, 10),
+    ],
+)
+def test_an_element_is_a_process_a_gpu_on_each_node(changes: dict[str, Any], ranks: int, tmp_path: Path) -> None:
+    config = shipped("slurm", **changes)
+    assert config.ranks == ranks
+    script = submission_script(
+        config, ArrayFolder.new(tmp_path, [[]]), n=1, at_once=1, threads=1, function="a:b", code=tmp_path
+    )
+    asked = dict(re.findall(r"^#SBATCH --(nodes|ntasks-per-node|gpus-per-node)=(.*)$", script, re.MULTILINE))
+    assert int(asked["nodes"]) * int(asked["ntasks-per-node"]) == ranks
+    assert asked.get("gpus-per-node") == (str(config.gpus_per_node) if config.gpus_per_node else None)
+    assert script.rstrip().endswith(f" a:b {config.timeout_min * 60} {config.signal_delay_s} {ranks}")
+    # alone, a process that fails has nobody to take with it
+    assert ("--kill-on-bad-exit=1" in script) == (ranks > 1)
 
 
 @pytest.mark.parametrize("at_once", [1, 7, 64, 5000])

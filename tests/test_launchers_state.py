@@ -176,6 +176,15 @@ def test_memory_that_ran_out_is_read_from_the_output_where_slurm_says_failed(tex
         ("srun: error: n1: task 0: Segmentation fault (core dumped)\n", 139, -11),
         ("", 137, -9),
         ("", 9, 9),
+        # of several tasks, the first; of several starts, the last
+        ("srun: error: n2: task 1: Killed\nsrun: error: n1: task 0: Exited with exit code 1\n", 137, -9),
+        ("srun: error: n[1-2]: tasks 0,2-3: Exited with exit code 3\nsrun: error: n1: task 1: Terminated\n", 3, 3),
+        (
+            "now 7_0 on n1, start 1\nsrun: error: n2: task 1: Killed\n"
+            "now 7_0 on n1, start 2\nsrun: error: n1: task 0: Exited with exit code 3\n",
+            3,
+            3,
+        ),
     ],
 )
 def test_how_a_process_ended_is_sruns_word_first(printed: str, code: int, told: int) -> None:

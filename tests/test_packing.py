@@ -35,7 +35,7 @@ def start(array: ArrayFolder, function: str = cluster_cells.RUN, **variables: st
     environment = {**os.environ, "PYTHONPATH": search_path(), **slurm, **variables}
     with array.log(ELEMENT).open("ab") as log:
         return subprocess.Popen(
-            command(str(array.path), function, "600", "30"), env=environment, stdout=log, stderr=log
+            command(str(array.path), function, "600", "30", "1"), env=environment, stdout=log, stderr=log
         )
 
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
-from supar_sweep.cli.launch import price, with_threads
+from supar_sweep.cli.launch import check_shares, price, with_threads
+from supar_sweep.cli.rooms import conf_dir
 from supar_sweep.cli.settings import Settings
 from supar_sweep.config.decode import encode
 from supar_sweep.config.schema import CellConfig
+from supar_sweep.errors import ConfigError
 from supar_sweep.sweep.cohorts import Price
 from supar_sweep.training.cost import (
     COMPACT_FLOPS_MULT,
@@ -112,7 +116,15 @@ def test_on_slurm_an_elements_processes_share_its_memory_and_larger_cells_have_m
     between_gb = (memory_gb(small) + memory_gb(large)) / 2
     plain = {
         **dict.fromkeys(("partition", "account", "qos", "constraint", "gpus_per_node", "gpu_memory_gb")),
-        **{"name": "slurm", "wait": True, "cpus": 1, "processes_per_gpu": None, "mem_gb": 3.5 * memory_gb(large) / 0.8},
+        **{
+            "name": "slurm",
+            "wait": True,
+            "nodes": 1,
+            "tasks_per_node": None,
+            "cpus": 1,
+            "processes_per_gpu": None,
+            "mem_gb": 3.5 * memory_gb(large) / 0.8,
+        },
         **{"timeout_min": 10, "array_parallelism": 4, "max_elements": 100, "signal_delay_s": 30, "poll_s": 1.0},
         **{"grace_s": 2.0, "setup": [], "sbatch": {}, "larger": []},
     }
@@ -134,6 +146,32 @@ def test_on_slurm_an_elements_processes_share_its_memory_and_larger_cells_have_m
     row = {"above_gb": between_gb, "timeout_min": 20}
     assert of("compact")(sparse).shape == of("compact")(small).shape
     assert of("compact", larger=[row])(sparse).shape != of("compact", larger=[row])(small).shape
+
+
+def over_ranks(**runtime: Any) -> Settings:
+    launcher = OmegaConf.to_container(OmegaConf.load(conf_dir() / "launcher" / "slurm.yaml"))
+    assert isinstance(launcher, dict)
+    plain = {"runtime": {**RUNTIME, **runtime}, "launcher": {**launcher, "nodes": 2, "gpus_per_node": 2}}
+    return Settings(command="run", plain=plain, overrides=())
+
+
+def test_what_several_processes_train_together_they_train_alone(tmp_path: Path) -> None:
+    cell = tiny_cell()
+    with pool(tmp_path) as launcher:
+        assert price(over_ranks(), launcher)(cell).together == 1
+    check_shares(over_ranks(), [cell])
+    check_shares(settings(cohort=3), [tiny_cell(**{"train.batch_seqs": 3})])  # one process takes any
+    with pytest.raises(ConfigError, match=r"train.batch_seqs: cannot be shared by 4 processes \(got 6\)"):
+        check_shares(over_ranks(), [cell, tiny_cell(**{"train.batch_seqs": 6})])
+    with pytest.raises(ConfigError, match=r"runtime.cohort: has no effect where 4 processes train each cell together"):
+        check_shares(over_ranks(cohort=3), [cell])
+    row = {"above_gb": memory_gb(cell), "nodes": 3, "gpus_per_node": 1}
+    plain = over_ranks().plain
+    changed = {"nodes": 1, "gpus_per_node": 1, "larger": [row]}
+    larger = replace(over_ranks(), plain={**plain, "launcher": {**plain["launcher"], **changed}})
+    check_shares(larger, [cell])
+    with pytest.raises(ConfigError, match=r"cannot be shared by 3 processes \(got 4\)"):
+        check_shares(larger, [cell, tiny_cell(**{"model.width": 64})])
 
 
 SMI = """#!/bin/sh

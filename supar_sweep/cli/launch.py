@@ -14,7 +14,7 @@ from supar_sweep.cli.rooms import PACKAGE, room
 from supar_sweep.cli.settings import Settings
 from supar_sweep.config.decode import decode
 from supar_sweep.config.fields import check_ranges, setting
-from supar_sweep.config.schema import CellConfig, DataConfig
+from supar_sweep.config.schema import CellConfig, DataConfig, check_ranks
 from supar_sweep.errors import ConfigError
 from supar_sweep.sweep.cohorts import Price
 from supar_sweep.sweep.grid import GridPoint
@@ -158,6 +158,7 @@ def freeze(settings: Settings) -> Grid:
     )
     cells = {row["cell_id"]: point.cell for row, point in zip(plan.points, points, strict=True)}
     check_corpora(cells.values())
+    check_shares(settings, cells.values())
     return Grid(plan, cells)
 
 
@@ -173,6 +174,26 @@ def check_corpora(cells: Iterable[CellConfig]) -> None:
     }
     for data, batch_seqs, context_tokens, eval_seqs in asked:
         check_files(data, batch_seqs=batch_seqs, context_tokens=context_tokens, eval_seqs=eval_seqs)
+
+
+def check_shares(settings: Settings, cells: Iterable[CellConfig]) -> None:
+    """Raise ConfigError for the first cell whose batches the launcher's processes cannot share.
+
+    Args:
+        settings: which launcher.
+        cells: that are to be trained.
+    """
+    config, cohort = launcher_config(settings), settings.runtime().cohort
+    if isinstance(config, LocalConfig):
+        return
+    size = sizes(settings)
+    ranks_by_row = [config.with_row(row).ranks for row in range(len(config.larger) + 1)]
+    for cell in cells:
+        ranks = ranks_by_row[config.row_for(*size(cell)) if config.larger else 0]
+        if ranks > 1 and cohort not in (None, 1):
+            problem = f"has no effect where {ranks} processes train each cell together (launcher.nodes, gpus_per_node)"
+            raise ConfigError("runtime.cohort", problem, value=cohort, allowed="1 or null")
+        check_ranks(cell, ranks)
 
 
 def submission_facts(settings: Settings) -> dict[str, Any]:
@@ -213,8 +234,8 @@ def price(settings: Settings, launcher: Launcher) -> Callable[[CellConfig], Pric
         row = config.row_for(*size(cell)) if config.larger else 0
         asked = config.with_row(row)
         if asked.gpus_per_node and runtime.device != "cpu":
-            return _Place("cuda", 0.8 * asked.gpu_memory_gb / (asked.processes_per_gpu or 1), row)
-        return _Place("cpu", 0.8 * (asked.mem_gb or 0.0) / asked.processes, row)
+            return _Place("cuda", 0.8 * asked.gpu_memory_gb / (asked.processes_per_gpu or 1), row, asked.ranks > 1)
+        return _Place("cpu", 0.8 * (asked.mem_gb or 0.0) / asked.processes, row, asked.ranks > 1)
 
     # what the price depends on; thousands of cells share a few of these
     known: dict[Any, Price] = {}
@@ -245,7 +266,7 @@ def price(settings: Settings, launcher: Launcher) -> Callable[[CellConfig], Pric
         )
 
     def together(cell: CellConfig, where: _Place) -> int:
-        if cell.train.target is not None or runtime.compile:
+        if cell.train.target is not None or runtime.compile or where.over_ranks:
             return 1
         return runtime.cohort or most_together(cell, device=where.device, free_gb=where.free_gb)
 
@@ -253,11 +274,19 @@ def price(settings: Settings, launcher: Launcher) -> Callable[[CellConfig], Pric
 
 
 class _Place(NamedTuple):
-    """Where a cell is trained: "cpu" or "cuda", the memory for its process there, and by which row of `larger` it asks for it."""
+    """Where a cell is trained.
+
+    Args:
+        device: "cpu" or "cuda".
+        free_gb: memory for its process there.
+        row: of `larger`, by which it asks for that.
+        over_ranks: several processes train it together.
+    """
 
     device: str
     free_gb: float
     row: int = 0
+    over_ranks: bool = False
 
 
 def sizes(settings: Settings) -> Callable[[CellConfig], tuple[float, float]]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from supar_sweep.cli.idle import refuse_for_proxy
-from supar_sweep.cli.launch import check_corpora, make_launcher, price, submission_facts, with_threads
+from supar_sweep.cli.launch import check_corpora, check_shares, make_launcher, price, submission_facts, with_threads
 from supar_sweep.cli.output import emit, say
 from supar_sweep.cli.progress import Live
 from supar_sweep.cli.settings import Settings
@@ -45,6 +45,7 @@ def checked_proxy(settings: Settings) -> tuple[CellConfig, str]:
     check_study(settings.study(), proxy)
     found = fingerprint(proxy.data)
     check_corpora([proxy])
+    check_shares(settings, [proxy])
     return proxy, found
 
 

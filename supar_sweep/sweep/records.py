@@ -102,6 +102,11 @@ class CellFolder:
         """The id at the end of the folder's name."""
         return self.path.name.rpartition("-")[2]
 
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the cell's checkpoints."""
+        return self.path / "checkpoints"
+
     def result(self) -> dict[str, Any] | None:
         """Return the published result, or None.
 
@@ -281,7 +286,7 @@ class Attempt:
     @property
     def checkpoints(self) -> Path:
         """Folder of the cell's checkpoints, shared by its attempts."""
-        return self.cell.path / "checkpoints"
+        return self.cell.checkpoints
 
     def _past(self, step: int) -> list[dict[str, Any]]:
         """Return the metrics up to `step` of the attempt that has most of them, the newest of equals.

@@ -1,6 +1,6 @@
 """One element of a job array: trains its cells, and leaves so that SLURM does the right thing next.
 
-    python -m supar_sweep.training.slurm_job <array folder> <function> <timeout_s> <signal_delay_s> [<process>]
+    python -m supar_sweep.training.slurm_job <array folder> <function> <timeout_s> <signal_delay_s> <ranks> [<process>]
 
 Several groups of cells are trained by a process each (packing.py); such a process is told its number, from 1.
 
@@ -9,6 +9,9 @@ Several groups of cells are trained by a process each (packing.py); such a proce
     still RUNNING for SLURM               that leaves before its grace is over for one that has failed
     SIGTERM at any other time             cancelled: save and leave with 143. SLURM knows what it wants to do next (scancel,
                                           scontrol requeue, a preemption without a grace)
+
+Where an element is several tasks, they train each cell together (ranks.py): what one of them hears holds for all, and rank 0
+alone speaks with SLURM and leaves last.
 
 What the cells' own records say is the truth; the exit code (0, 1 = a cell failed, 143) is for people who read sacct.
 """
@@ -24,6 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import FrameType
@@ -38,6 +42,7 @@ from supar_sweep.sweep.records import Attempt
 from supar_sweep.training.environment import prepare_process
 from supar_sweep.training.member import Stop
 from supar_sweep.training.packing import HEARD, SideBySide
+from supar_sweep.training.ranks import Ranks, join
 from supar_sweep.training.worker import RUN_CELLS, RunCells, find, work
 
 log = logging.getLogger(__name__)
@@ -104,9 +109,10 @@ def main(arguments: Sequence[str]) -> int:
     """Train the element's cells, or those of one of its processes, and return the exit code.
 
     Args:
-        arguments: the array's folder, the function to call ("module:name"), timeout_s, signal_delay_s; a process's number.
+        arguments: the array's folder, the function to call ("module:name"), timeout_s, signal_delay_s, how many tasks train a
+            cell together; a process's number.
     """
-    number = int(arguments[4]) if len(arguments) > 4 else None
+    number = int(arguments[5]) if len(arguments) > 5 else None
     signals = Signals(float(arguments[2]), float(arguments[3]), led=number is not None)
     faulthandler.enable()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
@@ -123,12 +129,13 @@ def main(arguments: Sequence[str]) -> int:
         for this, group in groups.items()
         if number in (None, this)
     ]
-    ends = ends_of(chain.from_iterable(jobs), folder)
+    ranks = join(lambda: signals.why, world_size=int(arguments[4]), device=str(jobs[0][0]["runtime"]["device"]))
+    ends = ranks.from_first(lambda: ends_of(chain.from_iterable(jobs), folder))
     left = {this: [job for job in group if ends[job["cell_id"]] not in SETTLED] for this, group in enumerate(jobs, 1)}
     if unsettled := [*chain.from_iterable(left.values())]:
         before = {job["cell_id"]: steps_done(job) for job in unsettled}
-        if problem := code_problem(code):
-            ends |= refused(unsettled, problem)
+        if problem := ranks.from_first(lambda: code_problem(code)):
+            ends |= refused(unsettled if ranks.is_first else (), problem)
         elif len(jobs) > 1:
             processes = SideBySide(folder, element, command(*arguments))
             signals.hand_on = processes.hand_on
@@ -137,14 +144,18 @@ def main(arguments: Sequence[str]) -> int:
         else:
             if function == RUN_CELLS:
                 prepare_process(int(unsettled[0]["runtime"]["threads"]))
-            ends |= train(unsettled, find(function), signals)
+            ends |= train(unsettled, find(function), ranks)
         stopped = [job for job in unsettled if ends[job["cell_id"]] not in SETTLED]
-        asks = number is None and (
-            signals.why == "preempted" or (signals.why == "timeout" and got_further(stopped, before))
-        )
-        if stopped and asks:
-            again(element, stopped)
-    if signals.why is not None and any(end not in SETTLED for end in ends.values()):
+        if stopped and number is None and ranks.is_first and not ranks.lost:
+            go_on(element, stopped, before, ranks.why())
+    why = ranks.why()
+    ranks.leave()
+    if ranks.lost:  # to tidy up is to wait for the rank that is gone, on a GPU without end
+        sys.stdout.flush()
+        os._exit(1)
+    if not ranks.is_first:
+        return 0
+    if why is not None and any(end not in SETTLED for end in ends.values()):
         return LEFT
     return int(any(end not in ("done", "diverged") for end in ends.values()))
 
@@ -176,7 +187,7 @@ def ends_of(jobs: Iterable[Job], array: ArrayFolder) -> dict[str, str]:
     return {job["cell_id"]: own_record(folder_of(job), array.key).end or "" for job in jobs}
 
 
-def train(jobs: Sequence[Job], run: RunCells, signals: Signals) -> dict[str, str]:
+def train(jobs: Sequence[Job], run: RunCells, ranks: Ranks) -> dict[str, str]:
     """Return how each cell ended.
 
     A cell that another process holds is waited for: it may be this element's own earlier start, on a node that SLURM has
@@ -184,8 +195,8 @@ def train(jobs: Sequence[Job], run: RunCells, signals: Signals) -> dict[str, str
 
     Args:
         jobs: of the cells.
-        run: trains them.
-        signals: say when to stop.
+        run: trains them; told of its ranks where there are several.
+        ranks: say when to stop.
     """
     ends: dict[str, str] = {}
 
@@ -194,10 +205,12 @@ def train(jobs: Sequence[Job], run: RunCells, signals: Signals) -> dict[str, str
             log.info("%s: %s%s%s", cell_id, end, ": " if message else "", message)
         ends[cell_id] = end
 
+    if ranks.world_size > 1:
+        run = partial(run, ranks=ranks)
     while jobs:
-        work(jobs, run, lambda: signals.why, tell)  # type: ignore[arg-type, return-value]
+        work(jobs, run, ranks.why, tell)  # type: ignore[arg-type]
         jobs = [job for job in jobs if ends[job["cell_id"]] == "busy"]
-        if jobs and signals.why is None:
+        if jobs and ranks.why() is None:
             time.sleep(BUSY_POLL_S)
         elif jobs:
             break
@@ -210,6 +223,19 @@ def state_now() -> str:
         command = ["squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "--Format=State:|"]
         return subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S).stdout.strip().strip("|")
     return ""
+
+
+def go_on(element: str, stopped: Sequence[Job], before: Mapping[str, int], why: Stop | None) -> None:
+    """Ask SLURM to start the element once more where it would not do that by itself, and should.
+
+    Args:
+        element: "<job id>_<index>".
+        stopped: jobs of the cells that were not at their end.
+        before: steps that each had when the element started.
+        why: they were stopped.
+    """
+    if why == "preempted" or (why == "timeout" and got_further(stopped, before)):
+        again(element, stopped)
 
 
 def got_further(stopped: Sequence[Job], before: Mapping[str, int]) -> bool:
