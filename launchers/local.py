@@ -241,7 +241,8 @@ class _Worker:
         self._busy = True
         with contextlib.suppress(OSError):
             self._job_log_bytes = self.log.stat().st_size
-        self._say({"jobs": [dict(job) for job in jobs]})
+        log = {"worker_log": self.log.name}
+        self._say({"jobs": [{**job, "provenance": {**job["provenance"], **log}} for job in jobs]})
 
     def stop(self) -> None:
         if not self._stopping:

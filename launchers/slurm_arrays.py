@@ -13,6 +13,9 @@ from .slurm_config import SlurmConfig
 
 T = TypeVar("T")
 
+USUAL_MAX_ARRAY_SIZE = 1001
+"""SLURM's default, for who plans away from the cluster."""
+
 
 class Size(NamedTuple):
     """What a cell takes: memory in units of 1e9 bytes, training FLOPs of its whole run."""

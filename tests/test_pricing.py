@@ -98,15 +98,15 @@ def test_a_price_says_who_can_be_trained_together(tmp_path: Path) -> None:
         "data": (tiny_cell(**{"data.val_fraction": 0.2}), False),
     }
     with pool(tmp_path) as launcher:
-        of = price(settings(), launcher)
+        of = price(settings(), launcher.processes)
         for what, (other, same) in others.items():
             assert (of(other).shape == of(cell).shape) == same, what
         assert of(cell).together == MOST_TOGETHER["cpu"]
-        assert price(settings(cohort=3), launcher)(cell).together == 3
-        assert price(settings(compile=True), launcher)(cell).together == 1
+        assert price(settings(cohort=3), launcher.processes)(cell).together == 3
+        assert price(settings(compile=True), launcher.processes)(cell).together == 1
         assert of(tiny_cell(**{"train.target": "mine.train"})).together == 1
-        assert of(tiny_cell(density=0.01)).cost == price(settings(compute="dense"), launcher)(cell).cost
-        assert price(settings(compute="auto"), launcher)(tiny_cell(density=0.01)).cost < of(cell).cost
+        assert of(tiny_cell(density=0.01)).cost == price(settings(compute="dense"), launcher.processes)(cell).cost
+        assert price(settings(compute="auto"), launcher.processes)(tiny_cell(density=0.01)).cost < of(cell).cost
     assert encode(cell.model)["width"] == 32
 
 
@@ -133,13 +133,23 @@ def test_on_slurm_an_elements_processes_share_its_memory_and_larger_cells_have_m
         runtime = {**RUNTIME, "compute": compute}
         command = Settings(command="run", plain={"runtime": runtime, "launcher": {**plain, **changes}}, overrides=())
         with pool(tmp_path) as launcher:
-            return price(command, launcher)
+            return price(command, launcher.processes)
 
     assert of()(large).together == 3
     assert of(processes_per_gpu=3)(large).together == 1
     row = {"above_gb": between_gb, "mem_gb": 5.5 * memory_gb(large) / 0.8}
     assert of(larger=[row])(large).together == 5
     assert of(larger=[row])(small).together == of()(small).together
+
+    # so do its cores, and nobody says how many threads where some cells have others
+    def threads(**changes: Any) -> int | None:
+        runtime = {**RUNTIME, "threads": None}
+        command = Settings(command="run", plain={"runtime": runtime, "launcher": {**plain, **changes}}, overrides=())
+        return with_threads(command, []).runtime().threads
+
+    assert [threads(cpus=8), threads(cpus=8, processes_per_gpu=3), threads(cpus=8, processes_per_gpu=9)] == [8, 2, 1]
+    assert threads(cpus=8, larger=[row]) == 8
+    assert threads(cpus=8, larger=[{"above_gb": 1, "cpus": 16}]) is None
     # cells of one shape that ask for different things are not trained by one process
     sparse = tiny_cell(density=0.1)
     between_gb = (memory_gb(sparse, compact=True) + memory_gb(small, compact=True)) / 2
@@ -158,7 +168,7 @@ def over_ranks(**runtime: Any) -> Settings:
 def test_what_several_processes_train_together_they_train_alone(tmp_path: Path) -> None:
     cell = tiny_cell()
     with pool(tmp_path) as launcher:
-        assert price(over_ranks(), launcher)(cell).together == 1
+        assert price(over_ranks(), launcher.processes)(cell).together == 1
     check_shares(over_ranks(), [cell])
     check_shares(settings(cohort=3), [tiny_cell(**{"train.batch_seqs": 3})])  # one process takes any
     with pytest.raises(ConfigError, match=r"train.batch_seqs: cannot be shared by 4 processes \(got 6\)"):

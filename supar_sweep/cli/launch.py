@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from supar_sweep.cli.rooms import PACKAGE, room
 from supar_sweep.cli.settings import Settings
@@ -56,31 +56,56 @@ def make_launcher(settings: Settings) -> Launcher:
             size=lambda job: size(decode(CellConfig, job["cell"])),
         )
         return made
-    gpus = gpus_for(runtime.device)
     made = room("launchers.local").LocalLauncher(
-        processes=config.processes or len(gpus) or (1 if trains_on_gpu(runtime.device) else None),
+        processes=processes_of(settings),
         threads=runtime.n_threads,
-        gpus=list(gpus),
+        gpus=list(gpus_for(runtime.device)),
         grace_s=config.grace_s,
         log_folder=settings.runs_dir / "logs",
     )
     return made
 
 
+def processes_of(settings: Settings) -> int:
+    """Return how many groups of cells the launcher trains at once, before there is one.
+
+    Args:
+        settings: after `with_threads`, where the launcher is this machine.
+    """
+    config, runtime = launcher_config(settings), settings.runtime()
+    if not isinstance(config, LocalConfig):
+        return int(config.array_parallelism * config.processes)
+    cores = len(os.sched_getaffinity(0))
+    a_gpu_each = len(gpus_for(runtime.device)) or int(trains_on_gpu(runtime.device))
+    return config.processes or a_gpu_each or max(1, cores // runtime.n_threads)
+
+
+def device_kind(settings: Settings) -> Literal["cpu", "cuda"]:
+    """Return what cells will be trained on, as far as the settings and this machine tell."""
+    config, device = launcher_config(settings), settings.runtime().device
+    if isinstance(config, LocalConfig):
+        return "cuda" if trains_on_gpu(device) else "cpu"
+    return "cuda" if config.gpus_per_node and device != "cpu" else "cpu"
+
+
 def with_threads(settings: Settings, cells: Collection[CellConfig]) -> Settings:
     """Return the settings with runtime.threads as asked; else 1, or more where fewer cells than cores are to be trained. On
-    SLURM the launcher knows better: each process gets its share of its element's cores.
+    SLURM it is a process's share of its element's cores, and not set here where larger cells have another one.
 
     Args:
         settings: the settings.
         cells: that are to be trained at once, or one after another.
     """
     runtime = settings.runtime()
-    config = launcher_config(settings)
-    if runtime.threads is not None or not isinstance(config, LocalConfig):
+    if runtime.threads is not None:
         return settings
+    config = launcher_config(settings)
     threads = 1
-    if cells and not trains_on_gpu(runtime.device):
+    if not isinstance(config, LocalConfig):
+        threads, *others = {config.with_row(row).threads for row in range(len(config.larger) + 1)}
+        if others:
+            return settings
+    elif cells and not trains_on_gpu(runtime.device):
         cores = len(os.sched_getaffinity(0))
         processes = min(config.processes or cores, len(cells))
         with suppress(ConfigError):  # of a cell that cannot be: its own failure comes later
@@ -213,12 +238,12 @@ def flops(cell: CellConfig, *, dense_compute: bool = False) -> float:
     return float(cell.train.steps) * flops_per_step(cell, dense_compute=dense_compute)
 
 
-def price(settings: Settings, launcher: Launcher) -> Callable[[CellConfig], Price]:
+def price(settings: Settings, processes: int) -> Callable[[CellConfig], Price]:
     """Return what says of a cell what it costs beside others, and with how many of its shape it is trained.
 
     Args:
         settings: runtime.cohort decides where it is set, else shape and memory.
-        launcher: whose processes share the memory.
+        processes: of the launcher, which share the memory where they are on this machine.
     """
     runtime, config = settings.runtime(), launcher_config(settings)
     size = sizes(settings)
@@ -226,7 +251,7 @@ def price(settings: Settings, launcher: Launcher) -> Callable[[CellConfig], Pric
         gpus_gb = gpus_for(runtime.device).values()
         # of the machine a fifth is left to others; a GPU's processes share it
         all_gb = min(gpus_gb) * len(gpus_gb) if gpus_gb else memory_of_machine_gb()
-        here = _Place("cuda" if gpus_gb else "cpu", 0.8 * all_gb / launcher.processes)
+        here = _Place("cuda" if gpus_gb else "cpu", 0.8 * all_gb / processes)
 
     def place(cell: CellConfig) -> _Place:
         if isinstance(config, LocalConfig):

@@ -15,7 +15,9 @@ import json
 import secrets
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,6 +114,24 @@ class ArrayFolder:
                 return file.read().decode(errors="replace")
         except OSError:
             return ""
+
+
+def elements_of(parent: Path, cell_id: str) -> list[tuple[ArrayFolder, str]]:
+    """Return the elements of the last submitted array that was to train a cell; [] where there is none.
+
+    Args:
+        parent: the folder of all arrays of a runs folder.
+        cell_id: whose.
+    """
+    for path in sorted(parent.glob("*/groups.jsonl"), reverse=True):
+        array = ArrayFolder(path.parent)
+        with suppress(RecordError):
+            job_id = array.job_id()
+            elements = enumerate(array.elements()) if job_id else ()
+            found = [index for index, groups in elements if any(job["cell_id"] == cell_id for job in chain(*groups))]
+            if found:
+                return [(array, f"{job_id}_{index}") for index in found]
+    return []
 
 
 def stamped(job: Job, array: str, element: str, **facts: Any) -> dict[str, Any]:
