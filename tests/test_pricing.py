@@ -128,6 +128,16 @@ def test_on_slurm_an_elements_processes_share_its_memory_and_larger_cells_have_m
     row = {"above_gb": between_gb, "mem_gb": 5.5 * memory_gb(large) / 0.8}
     assert of(larger=[row])(large).together == 5
     assert of(larger=[row])(small).together == of()(small).together
+
+    # so do its cores, and nobody says how many threads where some cells have others
+    def threads(**changes: Any) -> int | None:
+        runtime = {**RUNTIME, "threads": None}
+        command = Settings(command="run", plain={"runtime": runtime, "launcher": {**plain, **changes}}, overrides=())
+        return with_threads(command, []).runtime().threads
+
+    assert [threads(cpus=8), threads(cpus=8, processes_per_gpu=3), threads(cpus=8, processes_per_gpu=9)] == [8, 2, 1]
+    assert threads(cpus=8, larger=[row]) == 8
+    assert threads(cpus=8, larger=[{"above_gb": 1, "cpus": 16}]) is None
     # cells of one shape that ask for different things are not trained by one process
     sparse = tiny_cell(density=0.1)
     between_gb = (memory_gb(sparse, compact=True) + memory_gb(small, compact=True)) / 2

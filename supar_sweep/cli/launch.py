@@ -69,18 +69,22 @@ def make_launcher(settings: Settings) -> Launcher:
 
 def with_threads(settings: Settings, cells: Collection[CellConfig]) -> Settings:
     """Return the settings with runtime.threads as asked; else 1, or more where fewer cells than cores are to be trained. On
-    SLURM the launcher knows better: each process gets its share of its element's cores.
+    SLURM it is a process's share of its element's cores, and not set here where larger cells have another one.
 
     Args:
         settings: the settings.
         cells: that are to be trained at once, or one after another.
     """
     runtime = settings.runtime()
-    config = launcher_config(settings)
-    if runtime.threads is not None or not isinstance(config, LocalConfig):
+    if runtime.threads is not None:
         return settings
+    config = launcher_config(settings)
     threads = 1
-    if cells and not trains_on_gpu(runtime.device):
+    if not isinstance(config, LocalConfig):
+        threads, *others = {config.with_row(row).threads for row in range(len(config.larger) + 1)}
+        if others:
+            return settings
+    elif cells and not trains_on_gpu(runtime.device):
         cores = len(os.sched_getaffinity(0))
         processes = min(config.processes or cores, len(cells))
         with suppress(ConfigError):  # of a cell that cannot be: its own failure comes later
