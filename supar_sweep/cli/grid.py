@@ -14,6 +14,7 @@ from supar_sweep.cli.launch import (
     price,
     with_threads,
 )
+from supar_sweep.cli.leave import leaves_jobs
 from supar_sweep.cli.logs import find_cell
 from supar_sweep.cli.main import INTERRUPTED
 from supar_sweep.cli.output import emit, say, write_json
@@ -90,12 +91,18 @@ def train(settings: Settings, grid: Grid, launcher: Launcher) -> Summary:
             launcher,
             price=lambda planned: price_of(grid.cells[planned.cell_id]),
             progress=progress,
+            leave=lambda interrupts: launcher.name != "local" and leaves_jobs(interrupts, progress),
         )
     for trouble in summary.troubles:
         log = f" (see {trouble.log})" if trouble.log else ""
         say(f"{trouble.n} {trouble.end}, first {trouble.cell}: {trouble.message}{log}")
     if summary.complete:
         say(f"complete in {duration(summary.wall_s)}; records in {settings.runs_dir / 'cells'}")
+    elif summary.left:
+        say(
+            f"interrupted; {summary.left} cells go on in the queue: "
+            "the same command follows them, supar-sweep cancel ends them"
+        )
     elif summary.interrupted:
         say("interrupted; the same command continues")
     else:

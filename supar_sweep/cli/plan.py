@@ -21,6 +21,7 @@ from supar_sweep.cli.launch import (
     price,
     processes_of,
     shape_key,
+    sizes,
     with_threads,
 )
 from supar_sweep.cli.output import emit, say, write_json
@@ -28,10 +29,12 @@ from supar_sweep.cli.progress import duration
 from supar_sweep.cli.rooms import room
 from supar_sweep.cli.settings import Settings
 from supar_sweep.cli.status import with_queue
+from supar_sweep.config.decode import encode
 from supar_sweep.config.schema import CellConfig
 from supar_sweep.errors import ConfigError, SuparError
 from supar_sweep.sweep import calibration
 from supar_sweep.sweep.arrays import ArrayFolder
+from supar_sweep.sweep.code import code_version
 from supar_sweep.sweep.cohorts import groups
 from supar_sweep.sweep.files import write_file
 from supar_sweep.sweep.status import STATES, states
@@ -75,7 +78,7 @@ def plan(settings: Settings) -> int:
     grouped = list(groups(to_start, prices, processes_of(settings)))
     total |= {"to_start": len(to_start), "groups": len(grouped), "together": max(map(len, grouped), default=0)}
     total |= _time(settings, left, grouped, runs)
-    arrays = [] if local else _arrays(settings, grouped, len(left) - len(to_start), test_only=test_only)
+    arrays = [] if local else _arrays(settings, grid.cells, grouped, len(left) - len(to_start), test_only=test_only)
     if not local:
         n_submitted = sum(array["cells"] for array in arrays)
         total |= {"arrays": len(arrays), "elements": sum(array["elements"] for array in arrays)}
@@ -222,7 +225,7 @@ def _time(
         devices = 1 if on_gpu else settings.runtime().n_threads
     else:
         on_gpu = bool(config.gpus_per_node)
-        devices = config.gpus_per_node or config.cpus
+        devices = (config.gpus_per_node or config.cpus) / config.processes
     of_groups_s = [sum(runs.s[this] or 0.0 for this in group) for group in grouped]
     return {
         "calibration": runs.device,
@@ -237,40 +240,57 @@ def _time(
 
 
 def _arrays(
-    settings: Settings, grouped: Sequence[Sequence[str]], n_there: int, *, test_only: bool
+    settings: Settings,
+    cells: Mapping[str, CellConfig],
+    grouped: Sequence[Sequence[str]],
+    n_there: int,
+    *,
+    test_only: bool,
 ) -> list[dict[str, Any]]:
     """Return the arrays that `run` would submit now, with the text of each; no text where there is no SLURM."""
     config = launcher_config(settings)
-    queue, script = room("launchers.slurm_queue"), room("launchers.slurm_script")
+    queue, script, of_slurm = (
+        room("launchers.slurm_queue"),
+        room("launchers.slurm_script"),
+        room("launchers.slurm_arrays"),
+    )
+    runtime, size_of = settings.runtime(), sizes(settings)
     try:
         slurm = queue.Slurm()
-        size = slurm.max_array_size()
+        max_array_size = slurm.max_array_size()
     except SuparError as error:
         if test_only:
             raise
-        slurm, size = None, script.USUAL_MAX_ARRAY_SIZE
+        slurm, max_array_size = None, of_slurm.USUAL_MAX_ARRAY_SIZE
         say(f"{error}; arrays are shown as of SLURM's usual MaxArraySize, their sbatch text only on the cluster")
     if slurm and config.sbatch:
         config.check_options(slurm.options())
-    now = list(islice(grouped, max(0, config.max_elements - n_there)))
+    now = islice(grouped, max(0, config.max_elements * config.processes - n_there))
+    batches = of_slurm.batches(
+        [[{"cell_id": this, "runtime": encode(runtime)} for this in group] for group in now],
+        config,
+        size=lambda job: of_slurm.Size(*size_of(cells[job["cell_id"]])),
+        threads=runtime.threads,
+        max_array_size=max_array_size,
+    )
     arrays: list[dict[str, Any]] = []
     with TemporaryDirectory(prefix="supar-plan-") as scratch:
-        for chunk, at_once in script.arrays_of(now, max_array_size=size, at_once=config.array_parallelism):
+        for batch in batches:
             array: dict[str, Any] = {
-                "elements": len(chunk),
-                "cells": sum(map(len, chunk)),
-                "at_once": at_once,
+                "elements": len(batch.elements),
+                "cells": sum(1 for _ in batch.jobs),
+                "at_once": batch.at_once,
                 "script": None,
             }
             if slurm:
-                folder = ArrayFolder((settings.runs_dir / "slurm" / "ARRAY").absolute())
                 array["script"] = script.submission_script(
-                    config,
-                    folder,
-                    n=len(chunk),
-                    at_once=at_once,
-                    threads=settings.runtime().n_threads,
+                    batch.config,
+                    ArrayFolder((settings.runs_dir / "slurm" / "ARRAY").absolute()),
+                    n=len(batch.elements),
+                    at_once=batch.at_once,
+                    threads=runtime.threads or batch.config.threads,
                     function=RUN_CELLS,
+                    code=(settings.runs_dir / "code" / code_version()).absolute(),
                 )
             if test_only:
                 written = write_file(Path(scratch) / f"{len(arrays)}.sh", array["script"])

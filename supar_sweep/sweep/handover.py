@@ -18,9 +18,6 @@ from supar_sweep.sweep.submission import Experiment, Plan, PlannedCell
 class QueueLauncher(Launcher, Protocol):
     """A launcher whose jobs outlive it."""
 
-    def known(self) -> Mapping[str, str]:
-        """Return pending, held or running of each cell that is in the queue already, by cell_id."""
-
     def flush(self) -> set[str]:
         """Submit what was gathered, and return the cells that the queue does not take now."""
 

@@ -52,8 +52,9 @@ def stack_key(trainer: Trainer) -> Hashable:
     """
     cell, train = trainer.cell, trainer.cell.train
     batch = (train.batch_seqs, train.accumulation_steps, train.precision)
-    compiled = id(trainer) if trainer.forward is not trainer.model else None  # each is compiled for itself
-    return cell.model, cell.data.n_vocab, batch, trainer.device, trainer.route, trainer.threads, compiled
+    # each is compiled for itself, and shares its passes with other ranks' rather than with other runs
+    alone = id(trainer) if trainer.forward is not trainer.model or trainer.ranks.world_size > 1 else None
+    return cell.model, cell.data.n_vocab, batch, trainer.device, trainer.route, trainer.threads, alone
 
 
 class Cohort:
