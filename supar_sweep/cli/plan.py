@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -136,7 +136,7 @@ def _title(total: Mapping[str, Any]) -> str:
 
 def _time_text(total: Mapping[str, Any]) -> str:
     if total["calibration"] is None:
-        return "hours: not known; `calibrate` with the same words measures them"
+        return "hours: not known; `calibrate` with the same words measures them"  # or says why it cannot
     known = f"{total['device_hours_left']:.3g} {total['device_hours_unit']} left, "
     known += f"{duration(total['wall_s'])} once all may run (measured on {total['calibration']})"
     n = total["unmeasured"]
@@ -197,7 +197,8 @@ def _runs(settings: Settings, cells: Mapping[str, CellConfig]) -> _Runs:
     kind, launcher = device_kind(settings), str(launcher_config(settings).name)
     # what the nodes of a cluster are, and which GPU this is, only the measurement itself knows
     device = f"{device_name('cpu')} (cpu)" if (launcher, kind) == ("local", "cpu") else None
-    known = calibration.newest(settings.runs_dir, launcher, kind, device)
+    alone = launcher == "local" or launcher_config(settings).ranks == 1
+    known = calibration.newest(settings.runs_dir, launcher, kind, device) if alone else None
     runtime = settings.runtime()
     by_shape: dict[tuple[Any, ...], float | None] = {}
     found = {}
@@ -218,22 +219,29 @@ def _time(
     """
     if runs.device is None:
         return {"calibration": None}
-    config, n_processes = launcher_config(settings), processes_of(settings)
-    process_s = sum(runs.s[this] or 0.0 for this in left)
-    if isinstance(config, LocalConfig):
-        on_gpu = device_kind(settings) == "cuda"
-        devices = 1 if on_gpu else settings.runtime().n_threads
-    else:
-        on_gpu = bool(config.gpus_per_node)
-        devices = (config.gpus_per_node or config.cpus) / config.processes
-    of_groups_s = [sum(runs.s[this] or 0.0 for this in group) for group in grouped]
+    seconds = {this: runs.s[this] or 0.0 for this in left}
+    devices_of, on_gpu = _devices(settings)
+    device_s = sum(devices_of(cell) * seconds[this] for this, cell in left.items())
+    of_groups_s = [sum(seconds[this] for this in group) for group in grouped]
     return {
         "calibration": runs.device,
-        "device_hours_left": devices * process_s / S_AN_HOUR,
+        "device_hours_left": device_s / S_AN_HOUR,
         "device_hours_unit": "GPU-hours" if on_gpu else "core-hours",
-        "wall_s": max([process_s / n_processes, *of_groups_s]),
+        "wall_s": max([sum(seconds.values()) / processes_of(settings), *of_groups_s]),
         "unmeasured": sum(runs.s[this] is None for this in left),
     }
+
+
+def _devices(settings: Settings) -> tuple[Callable[[CellConfig], float], bool]:
+    """Return how many GPUs, or cores, a process has that trains a cell, and whether they are GPUs."""
+    config = launcher_config(settings)
+    if isinstance(config, LocalConfig):
+        on_gpu = device_kind(settings) == "cuda"
+        return (lambda cell: 1.0 if on_gpu else float(settings.runtime().n_threads)), on_gpu
+    size_of = sizes(settings)
+    asked = [config.with_row(row) for row in range(len(config.larger) + 1)]
+    shares = [(each.gpus_per_node or each.cpus) / each.processes for each in asked]
+    return (lambda cell: shares[config.row_for(*size_of(cell))]), bool(config.gpus_per_node)
 
 
 # -- SLURM ---------------------------------------------------------------------------------------
