@@ -20,6 +20,7 @@ def took(begun_s: float, finished_s: float) -> Spent:
     [
         ({"device": "cpu", "threads": 3, "train_s": 7200.0}, {"core-hours": 6.0}),
         ({"device": "cuda", "threads": 8, "train_s": 7200.0}, {"GPU-hours": 2.0}),
+        ({"device": "cuda", "threads": 8, "train_s": 7200.0, "ranks": 4}, {"GPU-hours": 8.0}),
         ({"device": "cpu", "wall_s": 1800.0}, {"core-hours": 0.5}),
         ({}, {}),
     ],

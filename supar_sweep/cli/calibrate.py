@@ -48,6 +48,7 @@ def calibrate(settings: Settings) -> int:
     for key in settings.given():
         if key in IDLE:
             raise ConfigError(key, "has no effect on calibrate", allowed="leave it out")
+    _refuse_ranks(settings)
     grid = freeze(settings)
     found = states(experiment_of(settings), grid.plan)
     left = [cell for this, cell in grid.cells.items() if not found[this].complete]
@@ -69,6 +70,18 @@ def calibrate(settings: Settings) -> int:
     for event in failed.values():
         say(f"{event.end}: {event.message}")
     return INCOMPLETE if failed else 0
+
+
+def _refuse_ranks(settings: Settings) -> None:
+    config = launcher_config(settings)
+    if not isinstance(config, LocalConfig) and config.ranks > 1:
+        key = "gpus_per_node" if config.gpus_per_node and config.nodes == 1 else "nodes"
+        raise ConfigError(
+            f"launcher.{key}",
+            f"has {config.ranks} processes train each cell together, and calibrate times one by itself",
+            value=getattr(config, key),
+            allowed="1, or launcher.processes_per_gpu=1, which gives each process cells of its own",
+        )
 
 
 _COLUMNS = {
@@ -131,8 +144,9 @@ def _shapes(settings: Settings, grid: Grid, launcher: Launcher) -> list[_Shape]:
             key = calibration.shape_key(ours[this], runtime)
             members.setdefault(key, []).append(this)
             together.setdefault(key, len(group))
-    # on this machine processes share its memory and its bandwidth, so they are measured side by side
-    at_once = launcher.processes if isinstance(launcher_config(settings), LocalConfig) else 1
+    # those of this machine, or of an element, share its memory and its bandwidth, so they are measured side by side
+    config = launcher_config(settings)
+    at_once = launcher.processes if isinstance(config, LocalConfig) else config.processes
     return [
         _Shape(key, these[0], len(these), together[key], min(at_once, math.ceil(len(these) / together[key])))
         for key, these in members.items()

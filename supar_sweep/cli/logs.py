@@ -144,6 +144,7 @@ def _attempt(folder: CellFolder, path: Path, state: CellState) -> dict[str, Any]
         "host": slurm.get("node") or info.get("host"),
         "device": info.get("device"),
         "element": slurm.get("element"),
+        "process": slurm.get("process", 0),
         "array": slurm.get("array"),
         "worker_log": provenance.get("worker_log"),
         "message": end.get("message") or None,
@@ -159,7 +160,7 @@ def _log_files(runs: Path, folder: CellFolder, chosen: Iterable[dict[str, Any]])
         if row["worker_log"]:
             found.append(runs / "logs" / row["worker_log"])
         if row["array"]:
-            found.append(ArrayFolder(runs / "slurm" / row["array"]).log(row["element"]))
+            found.append(ArrayFolder(runs / "slurm" / row["array"]).log(row["element"], row["process"]))
     if not found:
         found = [array.log(element) for array, element in elements_of(runs / "slurm", folder.cell_id)]
     return [path for path in found if path.is_file()]

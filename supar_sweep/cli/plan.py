@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,6 +21,7 @@ from supar_sweep.cli.launch import (
     price,
     processes_of,
     shape_key,
+    sizes,
     with_threads,
 )
 from supar_sweep.cli.output import emit, say, write_json
@@ -28,10 +29,12 @@ from supar_sweep.cli.progress import duration
 from supar_sweep.cli.rooms import room
 from supar_sweep.cli.settings import Settings
 from supar_sweep.cli.status import with_queue
+from supar_sweep.config.decode import encode
 from supar_sweep.config.schema import CellConfig
 from supar_sweep.errors import ConfigError, SuparError
 from supar_sweep.sweep import calibration
 from supar_sweep.sweep.arrays import ArrayFolder
+from supar_sweep.sweep.code import code_version
 from supar_sweep.sweep.cohorts import groups
 from supar_sweep.sweep.files import write_file
 from supar_sweep.sweep.status import STATES, states
@@ -75,7 +78,7 @@ def plan(settings: Settings) -> int:
     grouped = list(groups(to_start, prices, processes_of(settings)))
     total |= {"to_start": len(to_start), "groups": len(grouped), "together": max(map(len, grouped), default=0)}
     total |= _time(settings, left, grouped, runs)
-    arrays = [] if local else _arrays(settings, grouped, len(left) - len(to_start), test_only=test_only)
+    arrays = [] if local else _arrays(settings, grid.cells, grouped, len(left) - len(to_start), test_only=test_only)
     if not local:
         n_submitted = sum(array["cells"] for array in arrays)
         total |= {"arrays": len(arrays), "elements": sum(array["elements"] for array in arrays)}
@@ -133,7 +136,7 @@ def _title(total: Mapping[str, Any]) -> str:
 
 def _time_text(total: Mapping[str, Any]) -> str:
     if total["calibration"] is None:
-        return "hours: not known; `calibrate` with the same words measures them"
+        return "hours: not known; `calibrate` with the same words measures them"  # or says why it cannot
     known = f"{total['device_hours_left']:.3g} {total['device_hours_unit']} left, "
     known += f"{duration(total['wall_s'])} once all may run (measured on {total['calibration']})"
     n = total["unmeasured"]
@@ -194,7 +197,8 @@ def _runs(settings: Settings, cells: Mapping[str, CellConfig]) -> _Runs:
     kind, launcher = device_kind(settings), str(launcher_config(settings).name)
     # what the nodes of a cluster are, and which GPU this is, only the measurement itself knows
     device = f"{device_name('cpu')} (cpu)" if (launcher, kind) == ("local", "cpu") else None
-    known = calibration.newest(settings.runs_dir, launcher, kind, device)
+    alone = launcher == "local" or launcher_config(settings).ranks == 1
+    known = calibration.newest(settings.runs_dir, launcher, kind, device) if alone else None
     runtime = settings.runtime()
     by_shape: dict[tuple[Any, ...], float | None] = {}
     found = {}
@@ -215,62 +219,86 @@ def _time(
     """
     if runs.device is None:
         return {"calibration": None}
-    config, n_processes = launcher_config(settings), processes_of(settings)
-    process_s = sum(runs.s[this] or 0.0 for this in left)
-    if isinstance(config, LocalConfig):
-        on_gpu = device_kind(settings) == "cuda"
-        devices = 1 if on_gpu else settings.runtime().n_threads
-    else:
-        on_gpu = bool(config.gpus_per_node)
-        devices = config.gpus_per_node or config.cpus
-    of_groups_s = [sum(runs.s[this] or 0.0 for this in group) for group in grouped]
+    seconds = {this: runs.s[this] or 0.0 for this in left}
+    devices_of, on_gpu = _devices(settings)
+    device_s = sum(devices_of(cell) * seconds[this] for this, cell in left.items())
+    of_groups_s = [sum(seconds[this] for this in group) for group in grouped]
     return {
         "calibration": runs.device,
-        "device_hours_left": devices * process_s / S_AN_HOUR,
+        "device_hours_left": device_s / S_AN_HOUR,
         "device_hours_unit": "GPU-hours" if on_gpu else "core-hours",
-        "wall_s": max([process_s / n_processes, *of_groups_s]),
+        "wall_s": max([sum(seconds.values()) / processes_of(settings), *of_groups_s]),
         "unmeasured": sum(runs.s[this] is None for this in left),
     }
+
+
+def _devices(settings: Settings) -> tuple[Callable[[CellConfig], float], bool]:
+    """Return how many GPUs, or cores, a process has that trains a cell, and whether they are GPUs."""
+    config = launcher_config(settings)
+    if isinstance(config, LocalConfig):
+        on_gpu = device_kind(settings) == "cuda"
+        return (lambda cell: 1.0 if on_gpu else float(settings.runtime().n_threads)), on_gpu
+    size_of = sizes(settings)
+    asked = [config.with_row(row) for row in range(len(config.larger) + 1)]
+    shares = [(each.gpus_per_node or each.cpus) / each.processes for each in asked]
+    return (lambda cell: shares[config.row_for(*size_of(cell))]), bool(config.gpus_per_node)
 
 
 # -- SLURM ---------------------------------------------------------------------------------------
 
 
 def _arrays(
-    settings: Settings, grouped: Sequence[Sequence[str]], n_there: int, *, test_only: bool
+    settings: Settings,
+    cells: Mapping[str, CellConfig],
+    grouped: Sequence[Sequence[str]],
+    n_there: int,
+    *,
+    test_only: bool,
 ) -> list[dict[str, Any]]:
     """Return the arrays that `run` would submit now, with the text of each; no text where there is no SLURM."""
     config = launcher_config(settings)
-    queue, script = room("launchers.slurm_queue"), room("launchers.slurm_script")
+    queue, script, of_slurm = (
+        room("launchers.slurm_queue"),
+        room("launchers.slurm_script"),
+        room("launchers.slurm_arrays"),
+    )
+    runtime, size_of = settings.runtime(), sizes(settings)
     try:
         slurm = queue.Slurm()
-        size = slurm.max_array_size()
+        max_array_size = slurm.max_array_size()
     except SuparError as error:
         if test_only:
             raise
-        slurm, size = None, script.USUAL_MAX_ARRAY_SIZE
+        slurm, max_array_size = None, of_slurm.USUAL_MAX_ARRAY_SIZE
         say(f"{error}; arrays are shown as of SLURM's usual MaxArraySize, their sbatch text only on the cluster")
     if slurm and config.sbatch:
         config.check_options(slurm.options())
-    now = list(islice(grouped, max(0, config.max_elements - n_there)))
+    now = islice(grouped, max(0, config.max_elements * config.processes - n_there))
+    batches = of_slurm.batches(
+        [[{"cell_id": this, "runtime": encode(runtime)} for this in group] for group in now],
+        config,
+        size=lambda job: of_slurm.Size(*size_of(cells[job["cell_id"]])),
+        threads=runtime.threads,
+        max_array_size=max_array_size,
+    )
     arrays: list[dict[str, Any]] = []
     with TemporaryDirectory(prefix="supar-plan-") as scratch:
-        for chunk, at_once in script.arrays_of(now, max_array_size=size, at_once=config.array_parallelism):
+        for batch in batches:
             array: dict[str, Any] = {
-                "elements": len(chunk),
-                "cells": sum(map(len, chunk)),
-                "at_once": at_once,
+                "elements": len(batch.elements),
+                "cells": sum(1 for _ in batch.jobs),
+                "at_once": batch.at_once,
                 "script": None,
             }
             if slurm:
-                folder = ArrayFolder((settings.runs_dir / "slurm" / "ARRAY").absolute())
                 array["script"] = script.submission_script(
-                    config,
-                    folder,
-                    n=len(chunk),
-                    at_once=at_once,
-                    threads=settings.runtime().n_threads,
+                    batch.config,
+                    ArrayFolder((settings.runs_dir / "slurm" / "ARRAY").absolute()),
+                    n=len(batch.elements),
+                    at_once=batch.at_once,
+                    threads=runtime.threads or batch.config.threads,
                     function=RUN_CELLS,
+                    code=(settings.runs_dir / "code" / code_version()).absolute(),
                 )
             if test_only:
                 written = write_file(Path(scratch) / f"{len(arrays)}.sh", array["script"])

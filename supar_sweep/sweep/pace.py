@@ -43,7 +43,7 @@ class Pace(NamedTuple):
 def spent(result: Mapping[str, Any]) -> Spent:
     """Return what a published result says of its cost."""
     begun_s, device = float(result.get("started_s") or 0.0), str(result.get("device", "cpu"))
-    devices = int(result.get("threads") or 1) if device == "cpu" else 1
+    devices = int(result.get("ranks") or 1) * (int(result.get("threads") or 1) if device == "cpu" else 1)
     finished_s = begun_s + float(result.get("wall_s") or 0.0)
     return Spent(begun_s, finished_s, train_s(result) or 0.0, device, devices)
 
