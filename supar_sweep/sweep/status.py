@@ -150,7 +150,7 @@ def _count(group: dict[str, Any], members: Iterable[str]) -> dict[str, Any]:
 
 
 def first_errors(plan: Plan, found: Mapping[str, CellState]) -> list[dict[str, Any]]:
-    """Return one row a kind of trouble: state, how many cells, and the first one's message and log.
+    """Return one row a kind of trouble: state, how many cells, and the first one's message and log, with how often it was begun.
 
     Args:
         plan: the plan.
@@ -160,7 +160,12 @@ def first_errors(plan: Plan, found: Mapping[str, CellState]) -> list[dict[str, A
     for this, state in found.items():
         if not state.message:
             continue
-        first = {"cell": f"{plan.cells[this].label}-{this}", "message": state.message}
+        tries = f"; begun {state.attempts} times" if state.attempts > 1 else ""
+        first = {
+            "cell": f"{plan.cells[this].label}-{this}",
+            "message": state.message + tries,
+            "attempts": state.attempts,
+        }
         row = rows.setdefault(state.state, {"state": state.state, "n": 0, **first, "log": state.log})
         row["n"] += 1
     return list(rows.values())
