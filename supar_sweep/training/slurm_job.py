@@ -147,10 +147,15 @@ def train(jobs: Sequence[Job], run: RunCells, ranks: Ranks) -> dict[str, str]:
 
 
 def state_now() -> str:
-    """Return what SLURM calls this job now, "" where it does not answer."""
+    """Return what SLURM calls this job now, "" where it does not answer, asked a few times."""
+    command = ["squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "--Format=State:|"]
     with suppress(OSError, subprocess.TimeoutExpired):
-        command = ["squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "--Format=State:|"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S).stdout.strip().strip("|")
+        for pause_s in (0.5, 1.0, 0.0):
+            asked = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S)
+            if said := asked.stdout.strip().strip("|"):
+                return said
+            os.write(2, f"squeue: {asked.stderr.strip() or 'no word'}\n".encode())
+            time.sleep(pause_s)
     return ""
 
 
