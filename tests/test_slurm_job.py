@@ -1,4 +1,4 @@
-"""What an element asks SLURM while SLURM is signalling it. The rest of it is tested on a real cluster (test_launchers_slurm*.py)."""
+"""What an element asks SLURM while SLURM is signalling it; the rest of it is tested on a real cluster."""
 
 from __future__ import annotations
 

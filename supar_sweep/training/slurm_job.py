@@ -154,8 +154,8 @@ def state_now() -> str:
 
 
 def ask(*command: str) -> subprocess.CompletedProcess[str]:
-    """Return what a command of SLURM's answers. A signal of SLURM's goes to every process of the step, and so to the question that
-    it raises: one that was killed is asked again.
+    """Return what a command of SLURM's answers. A signal of SLURM's goes to every process of the step, and so to the question
+    that it raises: one that was killed is asked again.
 
     Args:
         command: its words.
