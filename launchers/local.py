@@ -93,9 +93,13 @@ class LocalLauncher:
         """Return {}: nothing outlives a pool."""
         return {}
 
+    def waiting(self) -> set[str]:
+        """Return the cells that no worker has."""
+        return {job["cell_id"] for group in self._queue for job in group}
+
     def withdraw(self) -> set[str]:
         """Take back the groups that no worker has, and return their cells."""
-        waiting = {job["cell_id"] for group in self._queue for job in group}
+        waiting = self.waiting()
         self._queue.clear()
         return waiting
 

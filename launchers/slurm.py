@@ -111,6 +111,11 @@ class SlurmLauncher:
                 return found
             time.sleep(min(TICK_S, deadline_s - now_s))
 
+    def waiting(self) -> set[str]:
+        """Return the cells that had not begun at the last look."""
+        queued = (element.waiting for element in self._elements.values() if not element.begun)
+        return {job["cell_id"] for job in self._not_submitted()}.union(*queued)
+
     def withdraw(self) -> set[str]:
         """Take back what has not begun, and return its cells. What is not known to be gone is told by a later call: what was just
         about to begin, and the whole queue while the controller is away.
@@ -165,13 +170,16 @@ class SlurmLauncher:
 
     def _kept_back(self) -> list[Job]:
         """Drop what is not in the queue yet, and return it."""
-        kept_back = [*chain.from_iterable(self._gathered), *(job for batch in self._batches for job in batch.jobs)]
+        kept_back = self._not_submitted()
         for batch in self._batches:
             if batch.array is not None:  # sbatch did not answer: it may be there all the same
                 self._slurm.cancel_name(batch.array.job_name)
         self._gathered.clear()
         self._batches.clear()
         return kept_back
+
+    def _not_submitted(self) -> list[Job]:
+        return [*chain.from_iterable(self._gathered), *(job for batch in self._batches for job in batch.jobs)]
 
     # -- submission --------------------------------------------------------------------------------
 

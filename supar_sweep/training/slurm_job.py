@@ -220,9 +220,21 @@ def train(jobs: Sequence[Job], run: RunCells, ranks: Ranks) -> dict[str, str]:
 def state_now() -> str:
     """Return what SLURM calls this job now, "" where it does not answer."""
     with suppress(OSError, subprocess.TimeoutExpired):
-        command = ["squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "--Format=State:|"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S).stdout.strip().strip("|")
+        return ask("squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "--Format=State:|").stdout.strip().strip("|")
     return ""
+
+
+def ask(*command: str) -> subprocess.CompletedProcess[str]:
+    """Return what a command of SLURM's answers. A signal of SLURM's goes to every process of the step, and so to the question
+    that it raises: one that was killed is asked again.
+
+    Args:
+        command: its words.
+    """
+    while True:
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S)
+        if asked.returncode not in (-signal.SIGTERM, -signal.SIGUSR2):
+            return asked
 
 
 def go_on(element: str, stopped: Sequence[Job], before: Mapping[str, int], why: Stop | None) -> None:
@@ -259,7 +271,7 @@ def again(element: str, stopped: Sequence[Job]) -> None:
         stopped: jobs of the cells that were not at their end.
     """
     try:
-        asked = subprocess.run(["scontrol", "requeue", element], capture_output=True, text=True, timeout=ANSWER_S)
+        asked = ask("scontrol", "requeue", element)
         refusal = " ".join(asked.stderr.split()) if asked.returncode != 0 else ""
     except (OSError, subprocess.TimeoutExpired) as error:
         refusal = str(error)
