@@ -1,19 +1,17 @@
-"""Table of runs -> which power of density the best lr goes with: lr ~ density^-a, a by density, with its interval.
+"""Table of runs under several exponents -> with which power of density the lr must go so that its optimum stays.
 
-Where the best lr of hidden weights moves by d octaves against the dense model's, under rules that already multiply it by
-density^-r, the lr of hidden weights that is best goes as density^-a with
-
-    a = r + d / log2(1 / density)
-
-so SuPar's rule (r = 1) is right where a = 1, muP's (r = 0) where a = 0, and a rule with r = a would leave the optimum where it
-is. ASSUMPTION: it is the hidden weights' lr that places the optimum; the lr of embedding, head and norms moves along in a grid.
+Rules multiply the lr of hidden weights by density^-a: SuPar's a is 1, muP's 0. Each exponent that was run has a shift of its
+own, how far the best lr of a sparse model lies from the dense one's, and the exponent that transfers is where the shift
+crosses zero. One sweep under a = 0 does not say it: there the lr of embedding, head and norms moves along, which holds the
+optimum back, so that its shift over log2(1/density) is too small an exponent (docs/LOG.md).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,95 +20,117 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from supar_sweep.errors import ConfigError
 from supar_sweep.rules.hparams import Ratios
 from supar_sweep.rules.parameterization import Method, multiplier
 
 from . import style
 from .basins import BasinSet, Panel, lr_basins
-from .fit import Interval, Side
 from .frames import check_axes, parsed, rounded
 from .verdict import Shift, shift
 
 KNOWN = ((0.0, "mup"), (0.5, "SMET"), (1.0, "supar"))
 """Exponents that somebody's rule has. Sources: SuPar table 1, hidden LR; SMET (arXiv:2606.00888), LR ~ 1/sqrt(density)."""
 
-_ASIDE_OCTAVES = 0.1
+_ASIDE = 0.025
 
 
 @dataclass(frozen=True)
-class Exponent:
-    """a by one density. `value`, `ci`: as of the shift that it is made of; without a `ci`, `bound` with `side` may hold."""
+class Best:
+    """The exponent at which the shift is zero, between those that were run; `low`, `high`: where its 95% interval leaves zero.
 
-    density: float
+    None is beyond what was run: with `low` alone, the exponent is at least that.
+    """
+
     value: float | None
-    ci: Interval | None
-    bound: float | None
-    side: Side | None
-    shift: Shift
+    low: float | None
+    high: float | None
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line: a value of the hue axis in one panel. `rule`: the exponent that its runs were trained with."""
+    """One line: a value of the hue axis at one density. `shifts`: by rising exponent of the rule."""
 
     hue: str
-    rule: float
-    exponents: tuple[Exponent, ...]
+    shifts: tuple[tuple[float, Shift], ...]
+
+    @property
+    def best(self) -> Best:
+        """The exponent that would have kept the optimum."""
+        fitted = [(rule, each) for rule, each in self.shifts if each.value is not None]
+        ends = [(rule, each.ci) for rule, each in self.shifts if each.ci is not None]
+        return Best(
+            falls_through_zero([(rule, float(each.value or 0.0)) for rule, each in fitted]),
+            falls_through_zero([(rule, ci[0]) for rule, ci in ends]),
+            falls_through_zero([(rule, ci[1]) for rule, ci in ends]),
+        )
 
 
 @dataclass(frozen=True)
 class LrExponents:
-    """Everything the figure shows: the name and the series of each panel. `fixed`: the axes that have one value."""
+    """Everything the figure shows: the series of each density. `x`: the axis whose values are the rules."""
 
+    x: str
     hue: str
-    col: str | None
     metric: str
-    panels: tuple[tuple[str, tuple[Series, ...]], ...]
+    panels: tuple[tuple[float, tuple[Series, ...]], ...]
     fixed: Mapping[str, Any]
 
 
 def lr_exponent(
     table: pd.DataFrame,
+    x: str = "dynamic_lr_exponent",
     hue: str = "method",
-    col: str | None = "parameterization",
     metric: str = "train_loss",
     reference: float | None = None,
     fixed: Mapping[str, Any] | None = None,
 ) -> LrExponents:
-    """Return the exponents of a table made by frames.frame.
+    """Return the shifts under every exponent, of a table made by frames.frame.
 
     Args:
-        table: of a grid over lr and density.
-        hue: axis of the lines. col: axis of the panels; None = one panel.
+        table: of a grid over lr, density and `x`.
+        x: axis whose values have different exponents: dynamic_lr_exponent, or parameterization. hue: axis of the lines.
         metric: "train_loss" or "val_loss".
         reference: density whose optimum is the reference; default 1.
         fixed: values of other axes to keep, where the table has several.
 
     Raises:
-        ConfigError: an axis that does not exist, or one that varies along a line.
+        ConfigError: an axis that does not exist, one that varies along a line, or two values of `x` with one exponent.
     """
-    check_axes(table, hue=hue, col=col)
-    basins = lr_basins(table, "lr", "density", col, metric, reference, fixed, row=hue)
-    panels: dict[str, list[Series]] = {}
+    check_axes(table, x=x, hue=hue)
+    basins = lr_basins(table, "lr", "density", x, metric, reference, fixed, row=hue)
+    found: dict[float, dict[str, dict[float, Shift]]] = {}
     for panel in basins.panels:
         rule = _rule(basins, panel)
-        found = tuple(
-            _exponent(rule, float(line.hue), float(panel.reference_hue), shift(panel, line))
-            for line in panel.lines
-            if panel.reference_hue is not None and line.hue != panel.reference_hue
-        )
-        panels.setdefault(panel.col, []).append(Series(panel.row, rule, found))
-    return LrExponents(hue, col, metric, tuple((name, tuple(series)) for name, series in panels.items()), basins.fixed)
+        for line in panel.lines:
+            if panel.reference is None or line.hue == panel.reference_hue:
+                continue
+            of_line = found.setdefault(float(line.hue), {}).setdefault(panel.row, {})
+            if rule in of_line:
+                raise ConfigError(
+                    f"where.{x}",
+                    f"two values of it have the exponent {rule:g}",
+                    value=panel.col,
+                    allowed="one of each exponent",
+                )
+            of_line[rule] = shift(panel, line)
+    panels = tuple(
+        (density, tuple(Series(name, tuple(sorted(by_rule.items()))) for name, by_rule in lines.items()))
+        for density, lines in sorted(found.items(), reverse=True)
+    )
+    return LrExponents(x, hue, metric, panels, basins.fixed)
 
 
-def _exponent(rule: float, density: float, reference: float, moved: Shift) -> Exponent:
-    octaves = math.log2(reference / density)
+def falls_through_zero(points: Sequence[tuple[float, float]]) -> float | None:
+    """Return where a broken line first falls through zero, or None.
 
-    def at(shift_octaves: float | None) -> float | None:
-        return None if shift_octaves is None else rule + shift_octaves / octaves
-
-    ci = None if moved.ci is None else (rule + moved.ci[0] / octaves, rule + moved.ci[1] / octaves)
-    return Exponent(density, at(moved.value), ci, at(moved.bound), moved.side, moved)
+    Args:
+        points: (x, y) by rising x.
+    """
+    for (x, y), (x_next, y_next) in pairwise(points):
+        if y >= 0 > y_next or y > 0 >= y_next:
+            return x + (x_next - x) * y / (y - y_next)
+    return None
 
 
 def _rule(basins: BasinSet, panel: Panel) -> float:
@@ -118,97 +138,87 @@ def _rule(basins: BasinSet, panel: Panel) -> float:
     tied = panel.lines[0].tied
     placed = {axis: parsed(shown) for axis, shown in basins.place(panel).items()}
     known = {**basins.fixed, **tied, **placed}
-    method = Method(
-        parameterization=known["parameterization"], lr_density_exponent=rounded(known.get("dynamic_lr_exponent"))
-    )
+    own = rounded(known.get("dynamic_lr_exponent"))
+    method = Method(parameterization=known["parameterization"], lr_density_exponent=own)
     at_half = multiplier("lr", "hidden", method, Ratios(m_d=1.0, m_rho=0.5), in_block=True)
     assert at_half is not None
     return float(rounded(math.log2(at_half)))
 
 
 def data_rows(found: LrExponents) -> list[dict[str, Any]]:
-    """Return the figure's data, a row per line and density."""
+    """Return the figure's data, a row per density, line and exponent, with the line's best exponent in each."""
     return [
         {
             **found.fixed,
-            **({} if found.col is None else {found.col: name}),
+            "density": density,
             found.hue: series.hue,
-            "rule_exponent": series.rule,
-            "density": each.density,
-            "shift_octaves": each.shift.value,
-            "exponent": each.value,
-            "exponent_ci_low": None if each.ci is None else each.ci[0],
-            "exponent_ci_high": None if each.ci is None else each.ci[1],
-            "exponent_bound": each.bound,
-            "exponent_bound_side": each.side,
+            "rule_exponent": rule,
+            "shift_octaves": each.value,
+            "shift_ci_low": None if each.ci is None else each.ci[0],
+            "shift_ci_high": None if each.ci is None else each.ci[1],
+            "shift_bound": each.bound,
+            "shift_bound_side": each.side,
+            "best_exponent": series.best.value,
+            "best_exponent_low": series.best.low,
+            "best_exponent_high": series.best.high,
         }
-        for name, of_panel in found.panels
+        for density, of_panel in found.panels
         for series in of_panel
-        for each in series.exponents
+        for rule, each in series.shifts
     ]
 
 
 def draw(found: LrExponents) -> Figure:
-    """Return the figure: the exponent against density, a line per value of hue; the rules that somebody has as level lines."""
+    """Return the figure: the shift against the rule's exponent, a panel per density. A line's best exponent is where it is 0."""
     with style.look():
-        n = len(found.panels)
+        n = max(len(found.panels), 1)
         drawn, grid = style.panels(n, style.COLUMN_IN * (0.9 if n > 1 else 1.3), 2.9, legend_in=0.7)
         names = list(dict.fromkeys(series.hue for _, of_panel in found.panels for series in of_panel))
         looks = style.looks(found.hue, names)
-        every = [each.density for _, of_panel in found.panels for series in of_panel for each in series.exponents]
-        densities = sorted(set(every), reverse=True)
-        for axes, (name, of_panel) in zip(grid, found.panels, strict=True):
+        rules = [rule for _, of_panel in found.panels for series in of_panel for rule, _ in series.shifts]
+        for axes, (density, of_panel) in zip(grid, found.panels, strict=False):
+            axes.axhline(0.0, color=style.INK, linewidth=1.1, dashes=(4, 3), zorder=1.5)
             for level, owner in KNOWN:
-                axes.axhline(level, color=style.MUTED, linewidth=0.9, dashes=(4, 3), zorder=1.5)
-                axes.annotate(
-                    style.title(owner), (1.0, level), xycoords=axes.get_yaxis_transform(), xytext=(-2, 2),
-                    textcoords="offset points", ha="right", fontsize=7.5, color=style.MUTED,
-                )  # fmt: skip
-            for series in of_panel:
-                aside = _ASIDE_OCTAVES * (names.index(series.hue) - (len(names) - 1) / 2)
-                _series(axes, series, looks[series.hue], aside)
-            axes.set_title(style.panel_title(found.col, name))
-            axes.set_xlabel("Density")
-            if densities:
-                style.value_ticks(axes, densities)
-                # from dense to sparse, with room for the names of the level lines
-                axes.set_xlim(math.log2(densities[0]) + 0.5, math.log2(densities[-1]) - 1.3)
-        grid[0].set_ylabel("Best learning rate ~ density$^{-a}$: a")
+                if min(rules) <= level <= max(rules):
+                    axes.axvline(level, color=style.GRID, linewidth=1.1, zorder=1.2)
+                    axes.annotate(
+                        style.title(owner), (level, 1.0), xycoords=axes.get_xaxis_transform(), xytext=(0, -2),
+                        textcoords="offset points", ha="center", va="top", fontsize=7.5, color=style.MUTED,
+                    )  # fmt: skip
+            for rank, series in enumerate(of_panel):
+                _series(axes, series, looks[series.hue], _ASIDE * (rank - (len(of_panel) - 1) / 2))
+            axes.set_title(style.panel_title("density", density))
+            axes.set_xlabel("a in learning rate ~ density$^{-a}$")
+        grid[0].margins(x=0.12, y=0.14)
+        grid[0].set_ylabel("Shift of the best learning rate (octaves)")
         style.heading(drawn, style.fixed_text(found.fixed))
-        handles = [
-            Line2D(
-                [],
-                [],
-                color=looks[name].color,
-                linestyle=looks[name].linestyle,
-                marker=looks[name].marker,
-                markersize=5,
-            )
-            for name in names
-        ]
+        handles = []
+        for name in names:
+            look = looks[name]
+            handles.append(Line2D([], [], color=look.color, linestyle=look.linestyle, marker=look.marker, markersize=5))
         style.legend(drawn, handles, [style.value_text(found.hue, name) for name in names])
     return drawn
 
 
 def _series(axes: Axes, series: Series, look: style.Look, aside: float) -> None:
-    known = [each for each in series.exponents if each.value is not None]
-    x = [math.log2(each.density) + aside for each in known]
-    axes.plot(x, [each.value for each in known], color=look.color, linestyle=look.linestyle, linewidth=1.0, alpha=0.6)  # type: ignore[arg-type]
-    for each in series.exponents:
-        at = math.log2(each.density) + aside
+    fitted = [(rule, each.value) for rule, each in series.shifts if each.value is not None]
+    axes.plot([r + aside for r, _ in fitted], [v for _, v in fitted], color=look.color, linestyle=look.linestyle)
+    for rule, each in series.shifts:
+        x = rule + aside
         if each.value is not None and each.ci is not None:
             error = [[each.value - each.ci[0]], [each.ci[1] - each.value]]
             axes.errorbar(
-                at, each.value, yerr=error, fmt=look.marker, color=look.color, markersize=5, elinewidth=1.1, capsize=2.2
+                x, each.value, yerr=error, fmt=look.marker, color=look.color, markersize=5, elinewidth=1.1, capsize=2.2
             )
         elif each.value is not None:
-            axes.plot(at, each.value, look.marker, color=look.color, markersize=5, markerfacecolor="white")
+            axes.plot(x, each.value, look.marker, color=look.color, markersize=5, markerfacecolor="white")
         if each.bound is not None:
+            up = 16 if each.side == "high" else -16
             axes.annotate(
-                "", xy=(at, each.bound), xytext=(0, 16 if each.side == "high" else -16), textcoords="offset points",
+                "", xy=(x, each.bound), xytext=(0, up), textcoords="offset points",
                 arrowprops={"arrowstyle": "<-", "color": look.color, "linewidth": 1.1},
             )  # fmt: skip
-            axes.plot(at, each.bound, "_", color=look.color, markersize=7)
+            axes.plot(x, each.bound, "_", color=look.color, markersize=7)
 
 
 def save(drawn: Figure, found: LrExponents, stem: Path) -> list[Path]:

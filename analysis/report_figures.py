@@ -231,8 +231,8 @@ def _lr_exponent(table: pd.DataFrame, metric: str, own: Own) -> Picture:
         "lr_exponent",
         "lr_exponent",
         "Which power of density the best learning rate goes with",
-        "From the shift of each line's optimum against the dense one's, with its 95% interval. A rule with this exponent "
-        "would have kept the optimum where it is.",
+        "How far the best value moves from the dense one's under each exponent that was run. The exponent that keeps it in "
+        "place is where a line crosses zero.",
         lr_exponent.lr_exponent(table, **own.axes, metric=metric, fixed=own.fixed, reference=own.reference),
     )
 

@@ -57,7 +57,7 @@ DRAWN = [
     (("figure=pareto", "col=width", "metric=val_loss"), "pareto-col-width-val_loss"),
     (("figure=pareto", "x=width", "col=density"), "pareto-x-width-col-density"),
     (("figure=heatmap",), "heatmap"),
-    (("figure=lr_exponent", "hue=width"), "lr_exponent-hue-width"),
+    (("figure=lr_exponent", "x=parameterization", "hue=width"), "lr_exponent-x-parameterization-hue-width"),
     (("figure=scaling",), "scaling"),
     (("figure=loss_curves", "where={width: 16, lr: 0.0078125}"), "loss_curves"),
     (

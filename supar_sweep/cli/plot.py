@@ -41,7 +41,7 @@ KINDS = {
     "init_basins": Kind("init_std", "density", "parameterization", FIGURE),
     "pareto": Kind("density", "parameterization", None, _ONE_ROW),
     "heatmap": Kind("density", "width", "parameterization", tuple(key for key in _ONE_ROW if key != "reference")),
-    "lr_exponent": Kind(None, "method", "parameterization", ("figure", "hue", "col", "where", "metric", "reference")),
+    "lr_exponent": Kind("dynamic_lr_exponent", "method", None, ("figure", "x", "hue", "where", "metric", "reference")),
     "scaling": Kind(None, None, "parameterization", ("figure", "col", "where", "metric")),
     "loss_curves": Kind("tokens", "density", "parameterization", ("figure", "x", "hue", "col", "where")),
     "study": Kind(None, None, None, ("figure", "study")),
