@@ -20,7 +20,10 @@ OPTIONS = [f"{group}={path.stem}" for group in GROUPS for path in (CONF / group)
 ROOT_OF = {"study": "tune", "size": "quickstart"}  # the command that reads a group; default: run
 
 # what an option leaves to the user
+SCALED = [option for option in OPTIONS if "\nscales:" in (CONF / f"{option.replace('=', '/')}.yaml").read_text()]
 MANDATORY = {
+    **{option: ["scale=cpu"] for option in [*SCALED, "experiment=fig1"]},  # fig 1 is fig 6
+    "scale=paper": ["data.train_path=train.bin", "data.val_path=val.bin"],
     "data=text": ["data.paths=[corpus.txt]"],
     "data=tokens": ["data.train_path=train.bin", "data.val_path=val.bin"],
     "data=hf": ["data.dataset=somebody/text"],

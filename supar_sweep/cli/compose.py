@@ -128,13 +128,24 @@ def from_hydra(word: str, task: Callable[[Settings], int]) -> int:
 
 
 def register_resolvers() -> None:
-    """Make `${share:fraction,count,minimum}` known to configs: fraction * count, rounded down."""
+    """Make what configs may compute known to them.
+
+    - `${share:fraction,count,minimum}`: fraction * count, rounded down;
+    - `${row:name}`: the entry of the chosen scale's row, `scales.<scale>.<name>`.
+    """
     from omegaconf import OmegaConf
 
     def share(fraction: float, count: int, minimum: int = 0) -> int:
         return max(int(fraction * count + 1e-9), minimum)
 
+    def row(name: str, *, _root_: Any) -> Any:
+        found = OmegaConf.select(_root_, f"scales.{_root_.scale}.{name}")
+        if found is None:
+            raise ConfigError(f"scales.{_root_.scale}.{name}", "is missing: the experiment reads it")
+        return found
+
     OmegaConf.register_new_resolver("share", share, replace=True)
+    OmegaConf.register_new_resolver("row", row, replace=True)
 
 
 @contextmanager

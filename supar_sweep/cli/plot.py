@@ -72,7 +72,7 @@ class PlotConfig(MetricConfig):
 
 def plot(settings: Settings) -> int:
     """Draw a figure and write its data beside it; for basins also write and print the verdict; return 0."""
-    config = decode(PlotConfig, {key: settings.plain[key] for key in FIGURE})
+    config = figure_config(settings)
     _refuse_idle(settings, config.figure)
     if config.figure == "study":
         return _study(settings)
@@ -115,6 +115,24 @@ def plot(settings: Settings) -> int:
     return 0
 
 
+def figure_config(settings: Settings) -> PlotConfig:
+    """Return what `plot` draws: as typed, else as the experiment says (experiment.plot), else as conf/_figure.yaml says.
+
+    What the experiment says belongs to its own figure: with another one typed, only its metric is still read.
+
+    Raises:
+        ConfigError: a figure or setting that does not exist.
+    """
+    own = settings.drawn()
+    if unknown := next((key for key in own if key not in FIGURE), None):
+        raise ConfigError(f"experiment.plot.{unknown}", "unknown key", allowed=FIGURE, nearest_to=unknown)
+    typed = {key.partition(".")[0] for key in settings.given(*FIGURE)}
+    plain = {key: settings.plain[key] for key in FIGURE}
+    if "figure" in typed and plain["figure"] != own.get("figure", plain["figure"]):
+        own = {key: value for key, value in own.items() if key == "metric"}
+    return decode(PlotConfig, {**plain, **{key: value for key, value in own.items() if key not in typed}})
+
+
 def live_hidden_weights(frozen: Plan) -> dict[str, int]:
     """Return each cell's number of live hidden weights, by id; counted once a shape."""
     counted: dict[Any, int] = {}
@@ -129,8 +147,9 @@ def live_hidden_weights(frozen: Plan) -> dict[str, int]:
 
 
 def metric_of(settings: Settings) -> str:
-    """Return which loss is drawn. Raises ConfigError for one that does not exist."""
-    return decode(MetricConfig, {"metric": settings.plain["metric"]}).metric
+    """Return which loss is drawn: as typed, else the experiment's own. Raises ConfigError for one that does not exist."""
+    own = {} if settings.given("metric") else settings.drawn()
+    return decode(MetricConfig, {"metric": own.get("metric", settings.plain["metric"])}).metric
 
 
 def draw_basins(

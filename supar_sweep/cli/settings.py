@@ -47,6 +47,7 @@ class Settings:
         """
         from omegaconf import OmegaConf
 
+        _check_scale(command, config, overrides)
         plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         added = [text.lstrip("+").partition("=")[0] for text in overrides if text.startswith("+")]
         added_tops = {key.partition(".")[0].partition("@")[0] for key in added}
@@ -105,9 +106,16 @@ class Settings:
         """Return the tuning study."""
         return decode(StudyConfig, self.plain["study"], prefix="study")
 
+    def drawn(self) -> dict[str, Any]:
+        """Return how the experiment says that it is drawn, {} where it says nothing."""
+        return dict((self.plain.get("experiment") or {}).get("plot") or {})
+
     def grid(self) -> GridSpec:
-        """Return what varies."""
-        spec = {key: value for key, value in self.plain["experiment"].items() if key != "name"}
+        """Return what varies. Raises ConfigError for an experiment that is a coordinate check, not a grid."""
+        if self.drawn().get("figure") == "coord_check":
+            name = self.experiment
+            raise ConfigError("experiment", f"{name} is a coordinate check, not a grid", allowed="coord-check, plot")
+        spec = {key: value for key, value in self.plain["experiment"].items() if key not in ("name", "plot")}
         return decode(GridSpec, spec, prefix="experiment")
 
     def points(self) -> list[GridPoint]:
@@ -119,7 +127,7 @@ class Settings:
         """
         spec = self.grid()
         points = enumerate_grid(self.cell_plain(), spec)
-        refuse_swept(self.given(), spec, points, tunes="study" in self.plain)
+        refuse_swept(self.given(), spec, points, tunes="study" in READS[self.command])
         refuse_idle_masks(self.given(), points)
         if "runtime" in self.plain:
             refuse_compact(self.runtime(), points)
@@ -132,13 +140,14 @@ class Settings:
 
 
 OUTPUT = ("hparams_file", "tuned_at", "runs_dir", "format")
-_GRID = ("experiment", "launcher", "runtime")
+_SCALE = ("scale", "scales")
+_GRID = ("experiment", "launcher", "runtime", *_SCALE)
 FIGURE = ("figure", "x", "hue", "col", "where", "metric", "reference")
 """What says which figure `plot` draws."""
 
 READS = {
     "quickstart": (*_GRID, "study", "metric"),
-    "tune": ("launcher", "runtime", "study"),
+    "tune": ("launcher", "runtime", "study", "scale"),
     "transfer": ("target",),
     "rules": ("show",),
     "plan": (*_GRID, "test_only"),
@@ -150,7 +159,7 @@ READS = {
     "plot": (*_GRID, *FIGURE, "study", "check"),
     "report": (*_GRID, "metric"),
     "export": ("checkpoint", "to"),
-    "coord-check": ("runtime", "check"),
+    "coord-check": ("runtime", "check", "experiment", *_SCALE),
 }
 """The top-level keys of each command, beside a cell's own and OUTPUT."""
 
@@ -159,6 +168,24 @@ SECTIONS = tuple(dict.fromkeys((*OUTPUT, *(key for keys in READS.values() for ke
 
 FURTHER_FORMATS = {"transfer": ("yaml",), "rules": ("markdown",)}
 """Formats that a command has besides those of every table."""
+
+
+def _check_scale(command: str, config: DictConfig, overrides: tuple[str, ...]) -> None:
+    """Raise ConfigError where a scale is missing, unknown to the experiment, or would have no effect.
+
+    A row of the table `scales` is what its experiment reads of it, so this comes before the config is resolved.
+    """
+    scale, scales = config.get("scale"), config.get("scales")
+    name = next((value for key, _, value in (text.partition("=") for text in overrides) if key == "experiment"), None)
+    if scales is None:
+        if scale is not None and name is not None:
+            problem = f"has no effect on experiment={name}, which has no table `scales`"
+            raise ConfigError("scale", problem, value=scale, allowed="leave it out")
+    elif scale is None:
+        raise ConfigError("scale", f"must be set for experiment={name}", allowed=list(map(str, scales)))
+    elif scale not in scales:
+        problem = f"experiment={name} has no such scale"
+        raise ConfigError("scale", problem, value=scale, allowed=list(map(str, scales)), nearest_to=str(scale))
 
 
 def _with_hparams(plain: dict[str, Any], winner: Winner, overrides: tuple[str, ...]) -> dict[str, Any]:
