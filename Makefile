@@ -35,8 +35,9 @@ quickstart: setup ## tune, transfer, sweep and draw on this machine's CPU, in mi
 test: setup ## the test suite but for a cluster
 	@.venv/bin/python -m pytest -n auto -m "not slurm" $(PYTEST_ARGS)
 
+# One more try for a test that failed, and the log says so: what they wait for are a machine's daemons.
 cluster: setup ## the tests on a SLURM of their own, started and stopped by them; needs its packages, ten minutes
-	@.venv/bin/python -m pytest -n 0 -m slurm $(PYTEST_ARGS)
+	@.venv/bin/python -m pytest -n 0 -m slurm --reruns 1 -raR $(PYTEST_ARGS)
 
 bench: setup ## the benchmarks: tables, bars, a results file; half an hour on a quiet machine
 	@.venv/bin/python -m benchmarks $(BENCH_ARGS)

@@ -28,7 +28,7 @@ from .statements import Statement, can_be_asked, quickstart_statements
 from .study import Study
 from .study import study as study_data
 from .tables import regret_text, value_or_bound
-from .verdict import RULE, Entry, Verdict, entries, proposals, verdicts
+from .verdict import GROUP, RULE, Entry, Verdict, entries, proposals, verdicts
 
 CELLS_LISTED = 1000
 """A page that lists more is slow to open; plan.json holds them all."""
@@ -200,7 +200,7 @@ def optima(found: Sequence[Entry]) -> Table:
     name = found[0].x
     rows = [
         (
-            style.title(entry.parameterization),
+            style.place_text({"parameterization": entry.parameterization, **entry.also}),
             str(entry.width),
             style.number(entry.density),
             str(entry.n_layer),
@@ -259,7 +259,7 @@ def _proposed(found: Sequence[Entry]) -> Table | None:
         ("", "width", "density", "layers", name),
         tuple(
             (
-                style.title(row["parameterization"]),
+                style.place_text({axis: row[axis] for axis in row if axis not in (*GROUP[1:], name)}),
                 str(row["width"]),
                 style.number(row["density"]),
                 str(row["n_layer"]),

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from supar_sweep.errors import ConfigError
 from supar_sweep.sweep.tables import render
 
-from . import basins, heatmap, loss_curves, lr_basins, pareto, scaling, style
+from . import basins, heatmap, loss_curves, lr_basins, lr_exponent, pareto, scaling, style
 from . import study as study_figure
 from .basins import BasinSet, Panel
 from .frames import SWEPT, having, panels_of, parts, values_of, varied, where
@@ -62,6 +62,7 @@ _DRAWN: Mapping[str, tuple[Callable[[Any], Figure], Callable[[Any], list[dict[st
     "lr_basins": (lr_basins.draw, basins.data_rows),
     "pareto": (pareto.draw, pareto.data_rows),
     "heatmap": (heatmap.draw, heatmap.data_rows),
+    "lr_exponent": (lr_exponent.draw, lr_exponent.data_rows),
     "scaling": (scaling.draw, scaling.data_rows),
     "loss_curves": (loss_curves.draw, loss_curves.data_rows),
     "study": (study_figure.draw, study_figure.data_rows),
@@ -141,6 +142,7 @@ def pictures(
         ("heatmap", lambda: _heatmap(table, metric, own)),
         ("pareto", lambda: _pareto(table, metric, own)),
         ("scaling", lambda: _scaling(table, metric)),
+        *([("lr_exponent", lambda: _lr_exponent(table, metric, own))] if own and own.kind == "lr_exponent" else []),
         ("loss_curves", lambda: _loss_curves(table, sets, curve_of)),
     )
     for kind, make in makers:
@@ -221,6 +223,17 @@ def _over(found: pareto.Pareto) -> Picture:
         f"Loss against {style.axis_name(found.x).lower()}",
         fitted if found.swept else "All hyperparameters transferred; nothing was swept here.",
         found,
+    )
+
+
+def _lr_exponent(table: pd.DataFrame, metric: str, own: Own) -> Picture:
+    return Picture(
+        "lr_exponent",
+        "lr_exponent",
+        "Which power of density the best learning rate goes with",
+        "How far the best value moves from the dense one's under each exponent that was run. The exponent that keeps it in "
+        "place is where a line crosses zero.",
+        lr_exponent.lr_exponent(table, **own.axes, metric=metric, fixed=own.fixed, reference=own.reference),
     )
 
 

@@ -93,7 +93,12 @@ def can_be_asked(found: Sequence[Entry]) -> bool:
 
 
 def quickstart_statements(found: Sequence[Entry]) -> list[Statement]:
-    """Return what the quick start claims, computed: SP moves, SuPar stays, SuPar is no worse."""
+    """Return what the quick start claims, computed: SP moves, SuPar stays, SuPar is no worse.
+
+    [] where the entries tell further axes apart: a claim is about one line of each density.
+    """
+    if any(entry.also for entry in found):
+        return []
     return [
         moves_more_than(found, "sp", 2.0),
         moves_less_than(found, "supar", 0.5),

@@ -5,6 +5,7 @@
 #   . "$(launchers/dev_cluster.sh env)"              this shell's sbatch, squeue, ... talk to it
 #   launchers/dev_cluster.sh status                  what runs (exit code 0), or that nothing does (3)
 #   launchers/dev_cluster.sh down                    end it: jobs, daemons and the folder are gone
+#   launchers/dev_cluster.sh install                 as root: its packages, and no more
 #
 # Knobs, as up takes them (`down`, `status` and `env` take folder= alone):
 #   folder=DIR            where everything of it lies (default: supar-dev-cluster-<user> in $TMPDIR or /tmp); munge wants
@@ -36,7 +37,7 @@ declare -A knob=(
 command="${1:-}"
 [ $# -gt 0 ] && shift
 case "$command" in
-up | down | status | env) ;;
+up | down | status | env | install) ;;
 *) sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; [ "$command" = help ] || [ "$command" = --help ] || exit 2; exit 0 ;;
 esac
 for word in "$@"; do
@@ -114,6 +115,27 @@ stop_all() { # jobs first, then what tells of them
     [ ${#pids[@]} -eq 0 ] || fail "these processes do not end: ${pids[*]}"
 }
 
+# ---------------------------------------------------------------- packages
+install_packages() {
+    needs="munge slurmctld slurmd slurm-client slurm-wlm-basic-plugins"
+    [ "${knob[accounting]}" = false ] || needs="$needs slurmdbd slurm-wlm-mysql-plugin mariadb-server"
+    missing=()
+    if command -v dpkg-query >/dev/null; then
+        for package in $needs; do
+            [[ "$(dpkg-query -W -f='${Status}' "$package" 2>/dev/null)" == *"ok installed" ]] || missing+=("$package")
+        done
+    elif ! command -v slurmctld >/dev/null; then
+        fail "needs Debian's or Ubuntu's packages ($needs), and this system has no dpkg"
+    fi
+    if [ ${#missing[@]} -gt 0 ]; then
+        [ "$(id -u)" -eq 0 ] || fail "packages are missing; as root: apt-get install --no-install-recommends ${missing[*]}"
+        say "installing ${missing[*]}"
+        export DEBIAN_FRONTEND=noninteractive
+        apt-get update -qq || true # offline, what was fetched before may do
+        apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null || fail "apt-get could not install them"
+    fi
+}
+
 # ---------------------------------------------------------------- down, status, env
 show() {
     say "up in $folder: $(n_idle) of ${knob[nodes]} nodes idle, $(squeue -h -r | wc -l) jobs"
@@ -140,6 +162,10 @@ status)
     say "not running in $folder"
     exit 3
     ;;
+install)
+    install_packages
+    exit 0
+    ;;
 env)
     [ -f "$folder/env" ] || fail "not running in $folder: launchers/dev_cluster.sh up"
     printf '%s\n' "$folder/env"
@@ -160,27 +186,11 @@ fi
 for port in $(seq "${knob[port]}" $((knob[port] + 2))) $(seq $((knob[port] + 11)) $((knob[port] + 10 + knob[nodes]))); do
     taken "$port" || continue
     # grep fails on processes of others
-    other="$({ grep -ahsoz '^SUPAR_DEV_CLUSTER=.*' /proc/[0-9]*/environ || true; } | tr '\0' '\n' | sort -u | head -n 1)"
-    [ -z "$other" ] || fail "one dev cluster a machine, and one runs in ${other#*=}: bring it down (down folder=${other#*=}), or set port="
+    other="$({ grep -ahsoz '^SUPAR_DEV_CLUSTER=.*' /proc/[0-9]*/environ || true; } | tr '\0' '\n' | sort -u | cut -d= -f2- | paste -sd ' ')"
+    [ -z "$other" ] || fail "one dev cluster a machine, and one runs in $other: bring it down (down folder=...), or set port="
     fail "port $port is taken by another program: set port="
 done
-needs="munge slurmctld slurmd slurm-client slurm-wlm-basic-plugins"
-[ "${knob[accounting]}" = false ] || needs="$needs slurmdbd slurm-wlm-mysql-plugin mariadb-server"
-missing=()
-if command -v dpkg-query >/dev/null; then
-    for package in $needs; do
-        [[ "$(dpkg-query -W -f='${Status}' "$package" 2>/dev/null)" == *"ok installed" ]] || missing+=("$package")
-    done
-elif ! command -v slurmctld >/dev/null; then
-    fail "needs Debian's or Ubuntu's packages ($needs), and this system has no dpkg"
-fi
-if [ ${#missing[@]} -gt 0 ]; then
-    [ "$(id -u)" -eq 0 ] || fail "packages are missing; as root: apt-get install --no-install-recommends ${missing[*]}"
-    say "installing ${missing[*]}"
-    export DEBIAN_FRONTEND=noninteractive
-    apt-get update -qq || true # offline, what was fetched before may do
-    apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null || fail "apt-get could not install them"
-fi
+install_packages
 export PATH="$PATH:/usr/sbin"
 [ -d /sys/devices ] || fail "/sys is not mounted: slurmd reads the machine's CPUs there"
 
@@ -233,7 +243,7 @@ StateSaveLocation=$folder/state/slurmctld
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1,preempt_send_user_signal
 KillWait=5
-SlurmdTimeout=10
+SlurmdTimeout=20
 UnkillableStepTimeout=20
 MinJobAge=300
 SelectType=select/cons_tres
@@ -276,7 +286,7 @@ trap 'give_up "interrupted"' INT TERM
 daemon munged --key-file="$folder/etc/munge.key" --socket="$socket" --pid-file="$folder/run/munged.pid" \
     --log-file="$folder/log/munged.log" --seed-file="$folder/etc/munge.seed" 2>"$folder/log/munged-start.log" ||
     give_up "munged"
-wait_for 10 sh -c "munge --socket='$socket' -n | unmunge --socket='$socket'" || give_up "munged does not answer"
+wait_for 60 sh -c "munge --socket='$socket' -n | unmunge --socket='$socket'" || give_up "munged does not answer"
 
 if [ "${knob[accounting]}" = true ]; then
     mysql_user=()
@@ -288,7 +298,7 @@ if [ "${knob[accounting]}" = true ]; then
         --innodb-buffer-pool-size=64M --innodb-lock-wait-timeout=900 --innodb-flush-log-at-trx-commit=0 --skip-log-bin \
         </dev/null >"$folder/log/mariadb.log" 2>&1 &
     sql() { mariadb --no-defaults -uroot -S "$folder/run/mariadb.socket" "$@"; }
-    wait_for 30 sql -e 'select 1' || give_up "mariadb does not answer"
+    wait_for 90 sql -e 'select 1' || give_up "mariadb does not answer"
     sql -e "create database slurm_acct_db; create user 'slurm'@'%' identified by 'slurm';
             grant all on slurm_acct_db.* to 'slurm'@'%'"
     cat >"$folder/etc/slurmdbd.conf" <<CONF
@@ -309,7 +319,7 @@ StorageLoc=slurm_acct_db
 CONF
     chmod 600 "$folder/etc/slurmdbd.conf"
     daemon slurmdbd 2>"$folder/log/slurmdbd-start.log" || give_up "slurmdbd"
-    wait_for 60 sacctmgr -n list cluster || give_up "slurmdbd does not answer" # its first start makes the tables
+    wait_for 90 sacctmgr -n list cluster || give_up "slurmdbd does not answer" # its first start makes the tables
     sacctmgr -i add cluster dev >/dev/null || give_up "sacctmgr"
     if [ "${knob[max_submit_jobs]}" -gt 0 ]; then
         { # root is there from the start, with an account of its own
@@ -320,11 +330,11 @@ CONF
 fi
 
 daemon slurmctld 2>"$folder/log/slurmctld-start.log" || give_up "slurmctld"
-wait_for 30 sh -c 'scontrol ping | grep -q UP' || give_up "slurmctld does not answer"
+wait_for 90 sh -c 'scontrol ping | grep -q UP' || give_up "slurmctld does not answer"
 for node in $(seq "${knob[nodes]}"); do
     mkdir -p "$folder/state/n$node"
     daemon slurmd -N "n$node" 2>"$folder/log/slurmd-n$node-start.log" || give_up "slurmd of n$node"
 done
-wait_for 30 all_idle || give_up "not all nodes became idle: $(sinfo -h -N -o '%N is %T (%E)' | tr '\n' ' ')"
+wait_for 90 all_idle || give_up "not all nodes became idle: $(sinfo -h -N -o '%N is %T (%E)' | tr '\n' ' ')"
 trap - INT TERM
 show

@@ -1,5 +1,5 @@
-"""What became of a job, in typed words: pure functions of what its cells, SLURM's queue and its accounting say, and of how a
-process ended without a word. What a run says of itself is in supar_sweep.sweep.status.
+"""What became of a job, in typed words: pure functions of what its cells, SLURM's queue and its accounting say. What a run says
+of itself is in supar_sweep.sweep.status.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from supar_sweep.sweep.arrays import OwnRecord
 from supar_sweep.sweep.records import COMPLETE_ENDS
+from supar_sweep.training.epitaph import describe_exit
 
 STATES = (
     *COMPLETE_ENDS,
@@ -38,7 +39,10 @@ ENDED = {
 OOM_TEXT = re.compile(r"exceeded (job )?memory limit|oom[-_ ]kill", re.IGNORECASE)
 """What SLURM writes into a job's own output: where memory is polled, its state is FAILED and no more."""
 
-TASK_END = re.compile(r"^srun: error: \S+: task \d+: (.+)$", re.MULTILINE)
+START = re.compile(r", start \d+$", re.MULTILINE)
+"""The end of the first line that a start of an element prints (training.slurm_job)."""
+
+TASK_END = re.compile(r"^srun: error: \S+: tasks? [\d,-]+: (.+)$", re.MULTILINE)
 SLURM_LINE = re.compile(r"(srun|slurmstepd\S*): ")
 
 
@@ -63,6 +67,11 @@ class Report(NamedTuple):
         return self.state in WAITING | HELD | AT_WORK
 
     @property
+    def to_begin(self) -> bool:
+        """Whether the element is in the queue and no process of it has run."""
+        return self.state in WAITING | HELD and not self.restarts
+
+    @property
     def launch_failed(self) -> bool:
         """Whether SLURM holds the element because a node could not start it, and not because somebody wanted that."""
         return self.state in WAITING | HELD and "launch failed" in self.reason.lower().replace("_", " ")
@@ -76,12 +85,14 @@ class Verdict(NamedTuple):
         message: one line on the cause; "" where the state says it all.
         settled: nothing further will come of it.
         died: its process was lost without a word of its own.
+        wanted: somebody cancelled it.
     """
 
     state: str
     message: str = ""
     settled: bool = False
     died: bool = False
+    wanted: bool = False
 
 
 def judge(
@@ -107,7 +118,7 @@ def judge(
     if own.end in COMPLETE_ENDS:
         return Verdict(own.end, settled=True)
     if own.end in ("failed", "oom"):  # a requeued element leaves these alone
-        return Verdict(own.end, own.message, settled=True)
+        return Verdict(own.end, own.message, settled=True, died=own.died)
     if queue is not None and queue.live:
         state = live_state(queue)
         return Verdict(state, "" if state == "running" or queue.reason == "None" else queue.reason)
@@ -135,8 +146,12 @@ def live_state(queue: Report) -> str:
 def _ended(own: OwnRecord, said: Report | None, last_words: str) -> Verdict:
     state = ENDED.get(said.state, "unknown") if said else ("stale" if own.begun else "missing")
     if own.end is not None:  # it saved and left, and SLURM did not start it again
-        stronger = state in ("preempted", "node-failed", "timeout")
-        return Verdict(state if stronger else own.end, own.message, settled=True)
+        if state not in ("preempted", "node-failed", "timeout", "cancelled"):
+            # a process that hears of a preemption says so: no other record tells it from a scancel
+            state = "preempted" if own.message.startswith("preempted") else own.end
+        # where SLURM knows of no scancel, the process was told to stop by something else
+        wanted = state == "cancelled" and (said is None or ENDED.get(said.state) == "cancelled")
+        return Verdict(state, own.message, settled=True, wanted=wanted)
     if state in ("failed", "stale", "unknown") and OOM_TEXT.search(last_words):
         state = "oom"
     if state == "oom":
@@ -144,7 +159,7 @@ def _ended(own: OwnRecord, said: Report | None, last_words: str) -> Verdict:
     if state == "timeout":
         return Verdict("timeout", "killed at the time limit", settled=True)
     if state == "cancelled":
-        return Verdict("cancelled", "cancelled (scancel)", settled=True)
+        return Verdict("cancelled", "cancelled (scancel)", settled=True, wanted=True)
     if state == "preempted":
         return Verdict("preempted", "preempted, and not requeued", settled=True, died=True)
     if state == "node-failed":
@@ -160,7 +175,8 @@ def _ended(own: OwnRecord, said: Report | None, last_words: str) -> Verdict:
 
 def exit_told(last_words: str, code: int) -> int:
     """Return the exit code of an element's process, or minus the signal that killed it: srun's own word for it, since the
-    element's code is 9 or 137 after a SIGKILL, and also after sys.exit(9).
+    element's code is 9 or 137 after a SIGKILL, and also after sys.exit(9). Of several tasks, the first to go took the others
+    with it.
 
     Args:
         last_words: the end of what the element printed, srun's lines among it.
@@ -169,13 +185,13 @@ def exit_told(last_words: str, code: int) -> int:
     >>> exit_told("srun: error: n1: task 0: Killed\\nsrun: Force Terminated StepId=7.0\\n", 9)
     -9
     """
-    said = TASK_END.findall(last_words)
+    said = TASK_END.findall(START.split(last_words)[-1])
     if not said:
         return 128 - code if code > 128 else code
-    if left := re.match(r"Exited with exit code (\d+)", said[-1]):
+    if left := re.match(r"Exited with exit code (\d+)", said[0]):
         return int(left[1])
     words = {signal.strsignal(each) or "": each for each in signal.valid_signals()}
-    return -words.get(said[-1].removesuffix(" (core dumped)").strip(), -code)
+    return -words.get(said[0].removesuffix(" (core dumped)").strip(), -code)
 
 
 def words_of_its_own(last_words: str) -> str:
@@ -186,21 +202,3 @@ def words_of_its_own(last_words: str) -> str:
     """
     own = (line.strip() for line in reversed(last_words.splitlines()) if not SLURM_LINE.match(line))
     return next((line for line in own if line), "")
-
-
-def describe_exit(code: int) -> str:
-    """Return in words how a worker process died.
-
-    Args:
-        code: as subprocess gives it: an exit code, or minus the signal's number.
-    """
-    if code >= 0:
-        return f"worker left with exit code {code}"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:  # a real-time signal
-        name = "unnamed"
-    # only the kernel's log knows whether a SIGKILL was its out-of-memory killer: say so, and no
-    # more
-    guess = " (out of memory?)" if -code == signal.SIGKILL else ""
-    return f"worker killed by signal {-code} {name}{guess}"

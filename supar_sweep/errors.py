@@ -79,5 +79,13 @@ class LostDeviceError(SuparError):
     """A GPU that answers nothing any more to this process: no fault of the cells that were on it, but the end of all of them."""
 
 
+class RankError(SuparError):
+    """Processes that train one cell together do not agree, or another one of them has failed."""
+
+
+class LostRankError(RankError):
+    """One of the processes that train a cell together is gone without a word."""
+
+
 class BusyError(SuparError):
     """Another process is working on the same experiment or cell."""

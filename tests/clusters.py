@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -12,12 +14,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 SCRIPT = Path(__file__).resolve().parent.parent / "launchers" / "dev_cluster.sh"
+PATIENCE_S = 300.0
+"""What a machine with other work may take for what a quiet one does in seconds."""
+
+PORTS = range(17100, 30000, 100)
+"""First ports to choose from: below what the kernel gives out by itself, and not the script's own."""
 
 
 def dev_cluster(command: str, **knobs: object) -> subprocess.CompletedProcess[str]:
     """Call the script; booleans as it spells them."""
     words = [f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in knobs.items()]
-    return subprocess.run([str(SCRIPT), command, *words], capture_output=True, text=True, timeout=180)
+    return subprocess.run([str(SCRIPT), command, *words], capture_output=True, text=True, timeout=600)
 
 
 class Cluster:
@@ -25,10 +32,11 @@ class Cluster:
 
     Args:
         folder: its folder.
+        port: the first of its ports.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, port: int) -> None:
+        self.folder, self.port = folder, port
         self.environment = {"SLURM_CONF": str(folder / "etc" / "slurm.conf")}
 
     def ask(self, *command: str, check: bool = True) -> str:
@@ -94,16 +102,27 @@ class Cluster:
         marked = {**os.environ, **self.environment, "SUPAR_DEV_CLUSTER": str(self.folder)}
         subprocess.run(daemon, env=marked, check=True, capture_output=True)
 
-    def wait_for(self, condition: Callable[[], object], timeout_s: float = 60) -> None:
+    def wait_for(self, condition: Callable[[], object], timeout_s: float = PATIENCE_S) -> None:
         """Wait until the condition holds; show the queue where it never does."""
         deadline_s = time.monotonic() + timeout_s
         while not condition():
             assert time.monotonic() < deadline_s, self.ask("squeue", "-t", "all") + self.ask("sinfo", "-N")
             time.sleep(0.1)
 
-    def wait_for_state(self, job: str, *states: str, timeout_s: float = 60) -> None:
+    def wait_for_state(self, job: str, *states: str, timeout_s: float = PATIENCE_S) -> None:
         """Wait until the job is in one of the states."""
         self.wait_for(lambda: self.field(job, "JobState") in states, timeout_s)
+
+
+def free_ports(n: int = 40) -> int:
+    """The first of so many ports that nobody listens at: several suites may run on one machine."""
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        with suppress(OSError):
+            for each in range(port, port + n):
+                with socket.create_server(("127.0.0.1", each)):
+                    pass
+            return port
+    raise AssertionError(f"no {n} ports on end are free in {PORTS}")
 
 
 @contextmanager
@@ -112,10 +131,11 @@ def cluster(**knobs: object) -> Iterator[Cluster]:
     with TemporaryDirectory(prefix="supar-slurm-") as parent:
         Path(parent).chmod(0o755)  # munged wants every folder above its socket to be passable
         folder = Path(parent) / "c"
-        up = dev_cluster("up", folder=folder, **knobs)
+        port = free_ports()
+        up = dev_cluster("up", folder=folder, port=port, **knobs)
         assert up.returncode == 0, up.stderr
         try:
-            yield Cluster(folder)
+            yield Cluster(folder, port)
         finally:
             down = dev_cluster("down", folder=folder)
             assert down.returncode == 0, down.stderr

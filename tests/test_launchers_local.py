@@ -205,6 +205,19 @@ def test_cancel_saves_what_runs_and_drops_what_waits(runs_dir: Path) -> None:
     assert not folder_of(waiting).path.exists()
 
 
+def test_what_no_worker_has_is_withdrawn(runs_dir: Path) -> None:
+    slow, *waiting = (job_of(runs_dir, seed) for seed in (fake_cells.SLOW, 1, 2))
+    with pool(runs_dir, processes=1) as launcher:
+        for job in (slow, *waiting):
+            launcher.submit([job])
+        assert launcher.withdraw() == {job["cell_id"] for job in waiting}
+        assert launcher.withdraw() == set()
+        (event,) = launcher.events(60)
+        assert (event.cell_id, event.end) == (slow["cell_id"], "done")
+        assert launcher.events(0) == []
+    assert not any(folder_of(job).path.exists() for job in waiting)
+
+
 def test_cancel_now_kills(runs_dir: Path) -> None:
     slow = job_of(runs_dir, fake_cells.SLOW)
     with pool(runs_dir, processes=1) as launcher:

@@ -20,7 +20,7 @@ from supar_sweep.sweep.jobs import Launcher
 from supar_sweep.sweep.status import folders
 from supar_sweep.sweep.submission import Experiment, Plan, make_plan
 from supar_sweep.training.corpus import fingerprint
-from tests.clusters import Cluster, cluster
+from tests.clusters import PATIENCE_S, Cluster, cluster
 from tests.test_launchers_slurm import config
 from tests.tiny import tiny_cell, tiny_runtime
 
@@ -111,7 +111,7 @@ def test_a_disturbed_grid_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
 
         def at_work(n: int) -> None:
             """Wait until at least so many cells are done, and others are being trained."""
-            slurm.wait_for(lambda: done() >= n, 300)
+            slurm.wait_for(lambda: done() >= n, 2 * PATIENCE_S)
 
         coordinator = start(disturbed)
         try:
@@ -135,7 +135,7 @@ def test_a_disturbed_grid_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
             at_work(30)
             slurm.batch("sleep 2", "-p", "urgent", "--nodelist=n2", "--exclusive")
             slurm.batch("sleep 2", "-p", "urgent", "--nodelist=n4", "--exclusive")
-            said, _ = coordinator.communicate(timeout=400)
+            said, _ = coordinator.communicate(timeout=3 * PATIENCE_S)
             assert coordinator.returncode == 0, said
         finally:
             kill(coordinator)

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,16 @@ from launchers.slurm import SlurmLauncher
 from supar_sweep.sweep.jobs import Event, folder_of
 from tests import cluster_cells
 from tests.clusters import Cluster, cluster
+from tests.stories import Stories
 from tests.test_launchers_slurm import assert_whole_curve, begun, element_of, job_of, launcher, until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.xdist_group("slurm")]
 
 NODES = 8
 Job = Mapping[str, Any]
-Story = Callable[[Cluster, Path], tuple[Job, Event]]
-STORIES: dict[str, Story] = {}
-
-
-def story(tell: Story) -> Story:
-    STORIES[tell.__name__] = tell
-    return tell
+Told = tuple[Job, Event]
+Ask = Callable[[Callable[[Cluster, Path], Told]], Told]
+story: Stories[Told] = Stories()
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +40,9 @@ def slurm() -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
-def told(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[tuple[Job, Event]]]]:
-    """All stories, begun at once."""
-    with ThreadPoolExecutor(len(STORIES)) as threads:
-        yield {name: threads.submit(tell, slurm, tmp_path_factory.mktemp(name)) for name, tell in STORIES.items()}
+def told(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
+    with story.told(slurm, tmp_path_factory) as ask:
+        yield ask
 
 
 def on(*numbers: int) -> dict[str, Any]:
@@ -66,7 +61,7 @@ def submitted(slurm: Cluster, made: SlurmLauncher, job: Job) -> str:
 
 def hurry(slurm: Cluster, element: str) -> None:
     """Wait until the element is requeued, and no longer than that."""
-    slurm.wait_for(lambda: slurm.field(element, "Restarts") not in ("0", ""), 120)
+    slurm.wait_for(lambda: slurm.field(element, "Restarts") not in ("0", ""))
     slurm.wait_for_state(element, "PENDING", "RUNNING")
     slurm.start_now(element)
 
@@ -90,7 +85,7 @@ def time_limit(slurm: Cluster, runs: Path) -> tuple[Job, Event]:
     with launcher(runs, timeout_min=1, **on(1)) as made:
         element = submitted(slurm, made, job)
         hurry(slurm, element)
-        (event,) = until(made, [job], 200).values()
+        (event,) = until(made, [job]).values()
     return job, event
 
 
@@ -99,7 +94,7 @@ def time_limit_where_the_site_forbids_requeue(slurm: Cluster, runs: Path) -> tup
     job = job_of(runs, 7, steps=1000)
     with launcher(runs, timeout_min=1, **on(1)) as made:
         slurm.ask("scontrol", "update", f"jobid={submitted(slurm, made, job)}", "Requeue=0")
-        (event,) = until(made, [job], 200).values()
+        (event,) = until(made, [job]).values()
     return job, event
 
 
@@ -108,7 +103,7 @@ def time_limit_without_a_step(slurm: Cluster, runs: Path) -> tuple[Job, Event]:
     job = job_of(runs, cluster_cells.STUCK)
     with launcher(runs, timeout_min=1, **on(1)) as made:
         made.submit([job])
-        (event,) = until(made, [job], 200).values()
+        (event,) = until(made, [job]).values()
     return job, event
 
 
@@ -119,7 +114,7 @@ def preempted(slurm: Cluster, runs: Path) -> tuple[Job, Event]:
         element = submitted(slurm, made, job)
         slurm.batch("sleep 1", "-p", "urgent", "--nodelist=n2", "--exclusive")
         hurry(slurm, element)
-        (event,) = until(made, [job], 200).values()
+        (event,) = until(made, [job]).values()
     return job, event
 
 
@@ -130,7 +125,7 @@ def preempted_where_that_cancels(slurm: Cluster, runs: Path) -> tuple[Job, Event
         element = submitted(slurm, made, job)
         slurm.batch("sleep 1", "-p", "urgent", "--nodelist=n3", "--exclusive")
         hurry(slurm, element)
-        (event,) = until(made, [job], 200).values()
+        (event,) = until(made, [job]).values()
     return job, event
 
 
@@ -141,7 +136,7 @@ def requeued_by_hand(slurm: Cluster, runs: Path) -> tuple[Job, Event]:
         element = submitted(slurm, made, job)
         slurm.ask("scontrol", "requeue", element)
         hurry(slurm, element)
-        (event,) = until(made, [job], 200).values()
+        (event,) = until(made, [job]).values()
     return job, event
 
 
@@ -150,9 +145,11 @@ def node_lost(slurm: Cluster, runs: Path) -> tuple[Job, Event]:
     job = job_of(runs, 5, steps=100)
     with launcher(runs, **on(5, 6)) as made:
         element = submitted(slurm, made, job)
-        slurm.kill_node(starts(job)[0]["provenance"]["slurm"]["node"], with_jobs=True)
+        node = starts(job)[0]["provenance"]["slurm"]["node"]
+        slurm.kill_node(node, with_jobs=True)
         hurry(slurm, element)
-        (event,) = until(made, [job], 200).values()
+        (event,) = until(made, [job]).values()
+    slurm.start_node(node)
     return job, event
 
 
@@ -161,17 +158,19 @@ def node_given_up_that_works_on(slurm: Cluster, runs: Path) -> tuple[Job, Event]
     job = job_of(runs, 6, steps=500)
     with launcher(runs, **on(7, 8)) as made:
         element = submitted(slurm, made, job)
-        slurm.kill_node(starts(job)[0]["provenance"]["slurm"]["node"], with_jobs=False)
+        node = starts(job)[0]["provenance"]["slurm"]["node"]
+        slurm.kill_node(node, with_jobs=False)
         hurry(slurm, element)
-        (event,) = until(made, [job], 200).values()
+        (event,) = until(made, [job]).values()
+    slurm.start_node(node)
     return job, event
 
 
 # -- what came of them ---------------------------------------------------------------------------
 
 
-def test_a_time_limit_saves_and_continues_in_a_new_start(told: dict[str, Future[tuple[Job, Event]]]) -> None:
-    job, event = told["time_limit"].result()
+def test_a_time_limit_saves_and_continues_in_a_new_start(told: Ask) -> None:
+    job, event = told(time_limit)
     assert event.end == "done", event
     assert_whole_curve(job, 450)
     first, second = ends(job)
@@ -183,16 +182,14 @@ def test_a_time_limit_saves_and_continues_in_a_new_start(told: dict[str, Future[
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"),
+    ("tell", "reason"),
     [
-        ("time_limit_where_the_site_forbids_requeue", "; not requeued: .*(disabled|denied|[Rr]equeue)"),
-        ("time_limit_without_a_step", "timeout after 0 of 6 steps; not requeued: no step was saved since this start"),
+        (time_limit_where_the_site_forbids_requeue, "; not requeued: .*(disabled|denied|[Rr]equeue)"),
+        (time_limit_without_a_step, "timeout after 0 of 6 steps; not requeued: no step was saved since this start"),
     ],
 )
-def test_a_time_limit_without_a_requeue_says_why(
-    told: dict[str, Future[tuple[Job, Event]]], name: str, reason: str
-) -> None:
-    job, event = told[name].result()
+def test_a_time_limit_without_a_requeue_says_why(told: Ask, tell: Any, reason: str) -> None:
+    job, event = told(tell)
     assert (event.end, event.died) == ("timeout", False)
     assert re.search(reason, event.message)
     assert [end["end"] for end in ends(job)] == ["timeout"]
@@ -200,17 +197,15 @@ def test_a_time_limit_without_a_requeue_says_why(
 
 
 @pytest.mark.parametrize(
-    ("name", "steps", "why"),
+    ("tell", "steps", "why"),
     [
-        ("preempted", 100, "preempted"),
-        ("preempted_where_that_cancels", 100, "preempted"),
-        ("requeued_by_hand", 60, "cancelled"),
+        (preempted, 100, "preempted"),
+        (preempted_where_that_cancels, 100, "preempted"),
+        (requeued_by_hand, 60, "cancelled"),
     ],
 )
-def test_a_preemption_and_a_requeue_save_and_continue(
-    told: dict[str, Future[tuple[Job, Event]]], name: str, steps: int, why: str
-) -> None:
-    job, event = told[name].result()
+def test_a_preemption_and_a_requeue_save_and_continue(told: Ask, tell: Any, steps: int, why: str) -> None:
+    job, event = told(tell)
     assert event.end == "done", event
     assert_whole_curve(job, steps)
     first, second = ends(job)
@@ -219,8 +214,8 @@ def test_a_preemption_and_a_requeue_save_and_continue(
     assert starts(job)[1]["resumed_from_step"] == int(first["message"].split()[2]) > 0
 
 
-def test_a_lost_nodes_cell_starts_again_elsewhere(told: dict[str, Future[tuple[Job, Event]]]) -> None:
-    job, event = told["node_lost"].result()
+def test_a_lost_nodes_cell_starts_again_elsewhere(told: Ask) -> None:
+    job, event = told(node_lost)
     assert event.end == "done", event
     assert_whole_curve(job, 100)
     first, second = starts(job)
@@ -228,8 +223,8 @@ def test_a_lost_nodes_cell_starts_again_elsewhere(told: dict[str, Future[tuple[J
     assert second["resumed_from_step"] > 0
 
 
-def test_a_process_that_works_on_is_waited_for(told: dict[str, Future[tuple[Job, Event]]]) -> None:
-    job, event = told["node_given_up_that_works_on"].result()
+def test_a_process_that_works_on_is_waited_for(told: Ask) -> None:
+    job, event = told(node_given_up_that_works_on)
     assert event.end == "done", event
     assert_whole_curve(job, 500)
     assert len(starts(job)) == 1, "nobody trained the cell beside its living process"

@@ -15,7 +15,7 @@ from supar_sweep.sweep.handover import Handover, hand_over
 from supar_sweep.sweep.status import states
 from supar_sweep.sweep.submission import Experiment, Plan, make_plan
 from tests import cluster_cells
-from tests.clusters import Cluster, cluster
+from tests.clusters import PATIENCE_S, Cluster, cluster
 from tests.test_launchers_slurm import launcher
 from tests.tiny import tiny_cell, tiny_runtime
 
@@ -54,7 +54,7 @@ def counts(runs: Path, plan: Plan) -> dict[str, int]:
 def cli(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """A command as a person types it, in a folder of its own."""
     command = [sys.executable, "-m", "supar_sweep", *words]
-    said = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=180)
+    said = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=PATIENCE_S)
     assert said.returncode == 0, said.stderr
     return said
 

@@ -19,12 +19,12 @@ from launchers.state import (
     WAITING,
     Report,
     Verdict,
-    describe_exit,
     exit_told,
     judge,
     words_of_its_own,
 )
 from supar_sweep.sweep.arrays import OwnRecord
+from supar_sweep.training.epitaph import describe_exit
 
 GRACE_S = 30.0
 LATE_S = GRACE_S
@@ -62,7 +62,8 @@ def test_every_answer_is_a_state_and_the_cells_own_result_comes_first(
     assert found.state in STATES
     assert found.settled or not found.died
     if own.end in ("done", "diverged", "failed", "oom"):
-        assert (found.state, found.settled, found.died) == (own.end, True, False)
+        assert (found.state, found.settled) == (own.end, True)
+        assert found.died == (own.died and own.end in ("failed", "oom"))
     elif since_gone_s < GRACE_S or own.locked or (queue and queue.live):
         assert not found.settled, "nothing is called lost before the grace, or beside a living process"
 
@@ -119,7 +120,7 @@ def test_a_process_that_left_no_word_has_slurms(said: str | None, state: str, di
 
 
 def test_an_element_that_never_began_and_is_gone_is_missing() -> None:
-    assert verdict(OwnRecord())[::2] == ("missing", True)
+    assert verdict(OwnRecord())[:3:2] == ("missing", True)
 
 
 @pytest.mark.parametrize(
@@ -133,8 +134,24 @@ def test_an_element_that_never_began_and_is_gone_is_missing() -> None:
     ],
 )
 def test_one_that_saved_and_was_not_started_again_keeps_its_words(said: str | None, state: str) -> None:
-    found = verdict(OwnRecord("cancelled", "after 3 of 9 steps", begun=True), said)
-    assert found[:3] == (state, "after 3 of 9 steps", True)
+    found = verdict(OwnRecord("cancelled", "cancelled after 3 of 9 steps", begun=True), said)
+    assert found[:3] == (state, "cancelled after 3 of 9 steps", True)
+
+
+@pytest.mark.parametrize("said", ["FAILED", "COMPLETED", "PREEMPTED", None])
+def test_one_that_was_preempted_and_not_requeued_was_not_cancelled_by_anybody(said: str | None) -> None:
+    own = OwnRecord("cancelled", "preempted after 3 of 9 steps; not requeued: no", begun=True)
+    assert verdict(own, said)[:3] == ("preempted", own.message, True)
+    assert verdict(own, "CANCELLED").wanted, "a scancel while it waits for its new start"
+    assert verdict(OwnRecord("timeout", "timeout after 3 of 9 steps", begun=True), "CANCELLED").wanted
+
+
+def test_who_was_cancelled_by_somebody_is_slurms_word() -> None:
+    own = OwnRecord("cancelled", "cancelled after 3 of 9 steps", begun=True)
+    wanted = {said: verdict(own, said).wanted for said in ("CANCELLED", None, "FAILED", "COMPLETED", "NODE_FAIL")}
+    assert [said for said, each in wanted.items() if each] == ["CANCELLED", None]
+    assert verdict(OwnRecord(begun=True), "CANCELLED").wanted
+    assert not verdict(OwnRecord(begun=True), "FAILED").wanted
 
 
 @pytest.mark.parametrize(
@@ -159,6 +176,15 @@ def test_memory_that_ran_out_is_read_from_the_output_where_slurm_says_failed(tex
         ("srun: error: n1: task 0: Segmentation fault (core dumped)\n", 139, -11),
         ("", 137, -9),
         ("", 9, 9),
+        # of several tasks, the first; of several starts, the last
+        ("srun: error: n2: task 1: Killed\nsrun: error: n1: task 0: Exited with exit code 1\n", 137, -9),
+        ("srun: error: n[1-2]: tasks 0,2-3: Exited with exit code 3\nsrun: error: n1: task 1: Terminated\n", 3, 3),
+        (
+            "now 7_0 on n1, start 1\nsrun: error: n2: task 1: Killed\n"
+            "now 7_0 on n1, start 2\nsrun: error: n1: task 0: Exited with exit code 3\n",
+            3,
+            3,
+        ),
     ],
 )
 def test_how_a_process_ended_is_sruns_word_first(printed: str, code: int, told: int) -> None:

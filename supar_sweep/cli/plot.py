@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from supar_sweep.cli.coord_check import check_config, read_rows
 from supar_sweep.cli.coord_check import draw as draw_check
-from supar_sweep.cli.grid import note_unread
 from supar_sweep.cli.launch import experiment_of
 from supar_sweep.cli.output import emit, say, say_written
 from supar_sweep.cli.rooms import room
 from supar_sweep.cli.settings import FIGURE, Settings
+from supar_sweep.cli.status import note_unread
 from supar_sweep.config.decode import decode
 from supar_sweep.config.fields import check_ranges, setting
 from supar_sweep.config.schema import CellConfig
@@ -32,14 +32,16 @@ class Kind:
     x: str | None
     hue: str | None
     col: str | None
-    reads: tuple[str, ...] = FIGURE
+    reads: tuple[str, ...]
 
 
+_ONE_ROW = tuple(key for key in FIGURE if key != "row")
 KINDS = {
-    "lr_basins": Kind("lr", "density", "parameterization"),
-    "init_basins": Kind("init_std", "density", "parameterization"),
-    "pareto": Kind("density", "parameterization", None),
-    "heatmap": Kind("density", "width", "parameterization", tuple(key for key in FIGURE if key != "reference")),
+    "lr_basins": Kind("lr", "density", "parameterization", FIGURE),
+    "init_basins": Kind("init_std", "density", "parameterization", FIGURE),
+    "pareto": Kind("density", "parameterization", None, _ONE_ROW),
+    "heatmap": Kind("density", "width", "parameterization", tuple(key for key in _ONE_ROW if key != "reference")),
+    "lr_exponent": Kind("dynamic_lr_exponent", "method", None, ("figure", "x", "hue", "where", "metric", "reference")),
     "scaling": Kind(None, None, "parameterization", ("figure", "col", "where", "metric")),
     "loss_curves": Kind("tokens", "density", "parameterization", ("figure", "x", "hue", "col", "where")),
     "study": Kind(None, None, None, ("figure", "study")),
@@ -68,6 +70,7 @@ class PlotConfig(MetricConfig):
     x: str | None = setting("axis")
     hue: str | None = setting("axis of the lines")
     col: str | None = setting("axis of the panels")
+    row: str | None = setting("axis of the rows of panels")
     where: Mapping[str, Any] = setting("axis -> the value that is drawn")
     reference: float | None = setting("value of hue (pareto: of x) whose optimum is transferred")
 
@@ -109,7 +112,6 @@ def draw_grid(settings: Settings, config: PlotConfig) -> None:
     module = room(f"analysis.{config.figure}")
     keywords: dict[str, Any] = {**axes, "fixed": config.where}
     if config.figure == "scaling":
-        keywords = {"col": axes["col"], "fixed": config.where}
         live = live_hidden_weights(frozen)
         table["live_parameters"] = [live[this] for this in table["cell_id"]]
     if config.figure == "loss_curves":
@@ -118,7 +120,7 @@ def draw_grid(settings: Settings, config: PlotConfig) -> None:
         table["curve"] = [cells[this].metrics() for this in table["cell_id"]]
     else:
         keywords["metric"] = config.metric
-    if config.figure == "pareto":
+    if "reference" in KINDS[config.figure].reads:
         keywords["reference"] = config.reference
     found = getattr(module, config.figure)(table, **keywords)
     data = module.data_rows(found)
@@ -194,7 +196,7 @@ def draw_basins(
         records: one row a grid point (sweep.status.rows).
         folder: the experiment's.
         metric: train_loss or val_loss.
-        axes: x, hue, col; default: lr over density, a panel a parameterization.
+        axes: x, hue, col, row; default: lr over density, a panel a parameterization.
         name: of the files; the verdict's are verdict.json and summary.json for lr_basins, else <name>-verdict.json.
         where: axis -> the value that is drawn.
         reference: hue whose optimum is transferred; None = the usual one.
@@ -226,7 +228,7 @@ def emit_verdict(entries: list[Any], format: str) -> None:
 def say_verdicts(verdicts: Iterable[Any]) -> None:
     """Write each parameterization's verdict to stderr."""
     for verdict in verdicts:
-        say(f"{verdict.parameterization}: {verdict.answer} ({verdict.reason})")
+        say(f"{verdict.name}: {verdict.answer} ({verdict.reason})")
 
 
 def _of_part(apart: Mapping[str, Any]) -> str:
@@ -239,15 +241,19 @@ def _number(value: Any) -> bool:
 
 
 def _axes(config: PlotConfig) -> dict[str, str | None]:
+    """Return the figure's axes, those that it reads."""
     own = KINDS[config.figure]
     col = own.col if config.col is None else None if config.col == NO_PANELS else config.col
-    return {"x": config.x or own.x, "hue": config.hue or own.hue, "col": col}
+    row = None if config.row == NO_PANELS else config.row
+    axes = {"x": config.x or own.x, "hue": config.hue or own.hue, "col": col, "row": row}
+    return {key: axis for key, axis in axes.items() if key in own.reads}
 
 
 def _stem(config: PlotConfig) -> str:
     """Return the file's name: the figure's, with the axes and values that are not its own."""
-    own, axes = KINDS[config.figure], _axes(config)
-    parts = [f"{key}-{axes[key] or NO_PANELS}" for key in ("x", "hue", "col") if axes[key] != getattr(own, key)]
+    axes = _axes(config)
+    own = _axes(replace(config, x=None, hue=None, col=None, row=None))
+    parts = [f"{key}-{axes[key] or NO_PANELS}" for key in axes if axes[key] != own[key]]
     parts += [f"{axis}{value:g}" if _number(value) else f"{axis}-{value}" for axis, value in config.where.items()]
     parts += (
         [config.metric] if config.metric != "train_loss" and config.figure not in ("lr_basins", "loss_curves") else []

@@ -165,7 +165,7 @@ class Settings:
 OUTPUT = ("hparams_file", "tuned_at", "runs_dir", "format")
 _SCALE = ("scale", "scales")
 _GRID = ("experiment", "launcher", "runtime", *_SCALE)
-FIGURE = ("figure", "x", "hue", "col", "where", "metric", "reference")
+FIGURE = ("figure", "x", "hue", "col", "row", "where", "metric", "reference")
 """What says which figure `plot` draws."""
 
 READS = {
@@ -174,10 +174,12 @@ READS = {
     "tune": ("launcher", "runtime", "study", "scale"),
     "transfer": ("target",),
     "rules": ("show",),
-    "plan": _GRID,
+    "plan": (*_GRID, "test_only"),
+    "calibrate": _GRID,
     "run": _GRID,
-    "status": (*_GRID, "by"),
-    "cancel": _GRID,
+    "status": (*_GRID, "by", "watch"),
+    "logs": ("cell", "attempt", "lines"),
+    "cancel": (*_GRID, "cell"),
     "plot": (*_GRID, *FIGURE, "study", "check"),
     "report": (*_GRID, *FIGURE),
     "export": ("checkpoint", "to"),

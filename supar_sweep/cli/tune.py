@@ -6,12 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 from supar_sweep.cli.idle import refuse_for_proxy
-from supar_sweep.cli.launch import check_corpora, make_launcher, price, submission_facts, with_threads
+from supar_sweep.cli.launch import check_corpora, check_shares, make_launcher, price, submission_facts, with_threads
 from supar_sweep.cli.output import emit, say
 from supar_sweep.cli.progress import Live
 from supar_sweep.cli.settings import Settings
 from supar_sweep.config.decode import encode
 from supar_sweep.config.schema import CellConfig
+from supar_sweep.errors import SuparError
 from supar_sweep.sweep.jobs import Launcher
 from supar_sweep.sweep.records import Store
 from supar_sweep.sweep.trainer import CellTrainer
@@ -44,6 +45,7 @@ def checked_proxy(settings: Settings) -> tuple[CellConfig, str]:
     check_study(settings.study(), proxy)
     found = fingerprint(proxy.data)
     check_corpora([proxy])
+    check_shares(settings, [proxy])
     return proxy, found
 
 
@@ -62,7 +64,7 @@ def study(settings: Settings, launcher: Launcher) -> Winner:
         settings.runtime(),
         fingerprint=print_of_data,
         provenance=facts,
-        price=price(settings, launcher),
+        price=price(settings, launcher.processes),
     )
     with Live(f"tune {settings.study().name}") as live:
         clock = _Clock()
@@ -70,15 +72,19 @@ def study(settings: Settings, launcher: Launcher) -> Winner:
         def progress(phase: str, done: int, total: int) -> None:
             live.show(done, total, f"{phase}{clock.left(phase, done, total)}")
 
-        return run_study(
-            settings.study(),
-            proxy,
-            trainer,
-            settings.study_dir(),
-            fingerprint=print_of_data,
-            provenance={"provenance": facts},
-            progress=progress,
-        )
+        try:
+            return run_study(
+                settings.study(),
+                proxy,
+                trainer,
+                settings.study_dir(),
+                fingerprint=print_of_data,
+                provenance={"provenance": facts},
+                progress=progress,
+            )
+        except SuparError:  # trials that a queue still holds would fail alike
+            launcher.cancel()
+            raise
 
 
 class _Clock:

@@ -302,3 +302,27 @@ def check_compute(cell: CellConfig, runtime: RuntimeConfig) -> None:
             value="compact",
             allowed="auto or dense",
         )
+
+
+def check_ranks(cell: CellConfig, world_size: int) -> None:
+    """Raise ConfigError where several processes cannot share the batches of a cell.
+
+    Args:
+        cell: what to train.
+        world_size: processes that train it together, >= 1.
+    """
+    train = cell.train
+    if world_size > 1 and train.target is not None:
+        raise ConfigError(
+            "train.target", f"cannot be trained by {world_size} processes together", value=train.target, allowed="null"
+        )
+    if train.batch_seqs % (train.accumulation_steps * world_size):
+        parts = (
+            f" in train.accumulation_steps = {train.accumulation_steps} parts" if train.accumulation_steps > 1 else ""
+        )
+        raise ConfigError(
+            "train.batch_seqs",
+            f"cannot be shared by {world_size} processes{parts}",
+            value=train.batch_seqs,
+            allowed=f"a multiple of {train.accumulation_steps * world_size}",
+        )

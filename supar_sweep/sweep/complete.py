@@ -68,6 +68,7 @@ class Summary:
         interrupted: stopped by Ctrl-C or `cancel`.
         troubles: the kinds of failure, most frequent first.
         wall_s: seconds from start to end.
+        left: cells whose jobs were left to themselves.
     """
 
     counts: Mapping[str, int]
@@ -76,6 +77,7 @@ class Summary:
     interrupted: bool
     troubles: tuple[Trouble, ...]
     wall_s: float
+    left: int = 0
 
     @property
     def complete(self) -> bool:
@@ -92,12 +94,13 @@ def complete(
     progress: Progress | None = None,
     retries: int = RETRIES,
     alike: int = 5,
+    leave: Callable[[Interrupts], bool] = lambda interrupts: False,
 ) -> Summary:
     """Return what came of the grid, after every cell of the plan that is not complete was tried.
 
-    The plan is frozen to plan.json first. A cell that failed is tried once by each call; one that
-    lost its process is tried again within the call. Ctrl-C (or SIGTERM) lets the cells save and ends
-    them as cancelled; a second one kills them.
+    The plan is frozen to plan.json first. A cell that failed is tried once by each call; within the call, one that lost
+    its process is tried again, and one that ran out of memory or time once more: alone, or as long as it gets further.
+    Ctrl-C (or SIGTERM) lets the cells save and ends them as cancelled; a second one kills them.
 
     Args:
         experiment: where.
@@ -106,8 +109,11 @@ def complete(
         price: what a cell costs and what it can be trained with: the dear ones go first, and groups get smaller, so that
             no long one runs alone at the end.
         progress: told after each change; None = nobody.
-        retries: further tries of a cell whose process was lost (jobs.Event.lost), >= 0.
-        alike: when so many first ends are the same failure, the rest is held, >= 1.
+        retries: further tries of a cell whose process was lost (jobs.Event.lost), >= 0. One that was told to stop (preempted,
+            out of time) starts the count anew where it had begun further on than the try before it.
+        alike: when so many first ends are the same failure, the rest is held, >= 1: what waits here, and what the launcher
+            can still take back.
+        leave: asked once, at a Ctrl-C: whether the jobs are left to themselves, with a launcher that they outlive.
 
     Raises:
         BusyError: another `run` works on this experiment.
@@ -116,7 +122,7 @@ def complete(
     # the handlers come first: whoever can read the lock may signal its holder
     with Interrupts() as interrupts, experiment.hold():
         experiment.write(plan)
-        run = _Run(experiment, plan, launcher, price, progress or Silent(), retries, alike)
+        run = _Run(experiment, plan, launcher, price, progress or Silent(), retries, alike, leave)
         return run.through(interrupts)
 
 
@@ -137,16 +143,21 @@ class _Run:
     progress: Progress
     retries: int
     alike: int
+    leave: Callable[[Interrupts], bool]
     todo: deque[str] = field(default_factory=deque)
     under_way: dict[str, _Group] = field(default_factory=dict)
     elsewhere: set[str] = field(default_factory=set)
     troubles: dict[str, Event] = field(default_factory=dict)
     deaths: Counter[str] = field(default_factory=Counter)
+    begun_at: dict[str, int] = field(default_factory=dict)
     alone: set[str] = field(default_factory=set)
     first: list[str] = field(default_factory=list)
+    tripped: Event | None = None
     held: int = 0
     interrupts: int = 0
+    left: bool = False
     paid: float = 0.0
+    shown: dict[str, int] = field(default_factory=dict)
 
     def through(self, interrupts: Interrupts) -> Summary:
         """Take the grid to its end, and return the summary."""
@@ -158,8 +169,9 @@ class _Run:
         skipped = sum(state.complete for state in self.states.values())
         self.paid, self.clock_s = 0.0, time.monotonic()  # what was set aside unmended cost nothing
         self._show()
-        while self.todo or self.under_way or self.elsewhere:
-            self._obey(interrupts.count)
+        while (self.todo or self.under_way or self.elsewhere) and not self.left:
+            self._obey(interrupts)
+            self._hold()
             n_groups = len(set(self.under_way.values()))
             while self.todo and n_groups < self.launcher.slots:
                 self._submit(take(self.todo, self.prices, self.launcher.processes, self.alone))
@@ -171,18 +183,20 @@ class _Run:
                 time.sleep(POLL_S if self.elsewhere else 0)
             for event in events:
                 self._take(event)
-            if self._look_elsewhere() or events:
+            self._look_elsewhere()
+            if events or self._counts() != self.shown:
                 self._show()
         return self._summary(skipped, time.monotonic() - begun_s)
 
     def _sort_out(self) -> None:
         """Decide what is to be done with each cell, by its state."""
         corrupt = []
+        known = self.launcher.known()
         for this, state in self.states.items():
             if state.complete:
                 self.folders[this].sweep()
                 continue
-            if state.state == "running":
+            if state.state == "running" and this not in known:
                 self.elsewhere.add(this)
                 continue
             if state.state == "corrupt" and not self._mended(this):
@@ -209,18 +223,25 @@ class _Run:
             self._fail(Event(this, "failed", str(error)))
             return False
 
-    def _obey(self, count: int) -> None:
+    def _obey(self, interrupts: Interrupts) -> None:
         """Act on Ctrl-C: the first lets cells save, the second kills them."""
-        if count <= self.interrupts:
+        if interrupts.count <= self.interrupts:
             return
-        if self.interrupts == 0:
+        first = self.interrupts == 0
+        self.left = first and self.leave(interrupts)
+        self.interrupts = interrupts.count
+        if self.left:
+            return
+        if first:
             self.progress.message("stopping: cells save and end (Ctrl-C again kills them)")
+            known = self.launcher.known()
+            for this in known.keys() & set(self.todo):  # an earlier `run` has submitted it: to be cancelled, too
+                self._submit([this])
             self.todo.clear()
             self.elsewhere.clear()
             self.launcher.cancel()
-        if count >= 2:
+        if self.interrupts >= 2:
             self.launcher.cancel(now=True)
-        self.interrupts = count
 
     def _submit(self, cells: list[str]) -> None:
         group = _Group(len(cells))
@@ -247,17 +268,28 @@ class _Run:
         if event.end == "oom" and group.n > 1:  # no failure yet
             self._again(event, "again, alone")
             return
-        if event.lost and self.deaths[this] < self.retries:
-            self.deaths[this] += 1
-            self._again(event, f"try {self.deaths[this] + 1} of {self.retries + 1}")
+        retries = self.retries if event.lost else min(1, self.retries) if event.end == "timeout" else 0
+        if retries and self._count_death(event) <= retries:
+            self._again(event, f"try {self.deaths[this] + 1} of {retries + 1}")
         else:
             self._fail(event)
+        if event.wanted:
+            return  # somebody's word, and no failure
         # what one end of a process did to its whole group is one failure
         of_process = event.died or event.end in ("cancelled", "timeout")
         if not of_process or event.end not in group.judged:
             self._judge(event)
         if of_process:
             group.judged.add(event.end)
+
+    def _count_death(self, event: Event) -> int:
+        """Return how many tries at the cell were lost; those before one that got further, and saved, count no more."""
+        this, told_to_stop = event.cell_id, event.end in ("cancelled", "timeout")
+        begun_at, before = self.folders[this].begun_at(), self.begun_at.get(this)
+        self.begun_at[this] = begun_at
+        further = told_to_stop and before is not None and begun_at > before
+        self.deaths[this] = 1 if further else self.deaths[this] + 1
+        return self.deaths[this]
 
     def _again(self, event: Event, how: str) -> None:
         """Try a cell once more, by itself: what ended it may have been another's doing, or the company's."""
@@ -281,39 +313,49 @@ class _Run:
         """Hold the rest of the grid when its first ends are one and the same failure."""
         # numbers differ (pids, steps, addresses) where the cause is one
         self.first.append(f"{event.end}: {re.sub(r'[0-9a-f]*[0-9][0-9a-f]*', '#', event.message)}")
-        if len(self.first) != self.alike or len(set(self.first)) != 1 or not self.todo:
+        if len(self.first) == self.alike and len(set(self.first)) == 1:
+            self.tripped = event
+            self._hold()
+
+    def _hold(self) -> None:
+        """Keep back what has not begun, once the first ends were alike: here, and at the launcher."""
+        event = self.tripped
+        if event is None or self.interrupts:
             return
-        self.held = len(self.todo)
-        for this in self.todo:
+        withdrawn = self.launcher.withdraw()
+        for this in withdrawn:
+            self.under_way.pop(this, None)
+            self.states[this] = cell_state(self.folders[this])
+        back = [*self.todo, *withdrawn]
+        self.todo.clear()
+        if back and not self.held:
+            log = cell_state(self.folders[event.cell_id]).log
+            self.progress.message(
+                f"the first {self.alike} cells all failed alike, so {_cells(len(back))} held back. "
+                f"{event.end}: {event.message}" + (f" (see {log})" if log else "")
+            )
+        self.held += len(back)
+        for this in back:
             if self.deaths[this]:
                 self._fail(event._replace(cell_id=this))
-        self.todo.clear()
-        log = cell_state(self.folders[event.cell_id]).log
-        self.progress.message(
-            f"the first {self.alike} cells all failed alike, so {_cells(self.held)} held back. "
-            f"{event.end}: {event.message}" + (f" (see {log})" if log else "")
-        )
 
-    def _look_elsewhere(self) -> bool:
-        """Take up what another process let go of, and return whether anything changed."""
-        changed = False
+    def _look_elsewhere(self) -> None:
+        """Take up what another process let go of."""
         for this in list(self.elsewhere):
             state = cell_state(self.folders[this])
             if state.state == "running":
                 continue
-            changed = True
             self.elsewhere.discard(this)
             if state.complete:
                 self._finish(this, state)
             else:
                 self.todo.append(this)
-        return changed
 
     def _counts(self) -> dict[str, int]:
-        waiting = {*self.todo}
+        waiting = {*self.todo} | self.launcher.waiting()
         active = self.under_way.keys() | self.elsewhere
         counts = Counter(
-            "running" if this in active else "pending" if this in waiting else state.state
+            "pending" if this in waiting else "running" if this in active else state.state
             for this, state in self.states.items()
         )
         return {"n": len(self.states), **counts}
@@ -323,7 +365,8 @@ class _Run:
         left = sum(self.prices[this].cost for this in (*self.todo, *self.under_way, *self.elsewhere))
         elapsed_s = time.monotonic() - self.clock_s
         eta_s = elapsed_s * left / self.paid if self.paid > 0 else None
-        self.progress.update(self._counts(), eta_s)
+        self.shown = self._counts()
+        self.progress.update(self.shown, eta_s)
 
     def _summary(self, skipped: int, wall_s: float) -> Summary:
         kinds: dict[str, list[str]] = {}
@@ -345,6 +388,7 @@ class _Run:
                 for end, members in sorted(kinds.items(), key=lambda item: -len(item[1]))
             ),
             wall_s=wall_s,
+            left=len(self.under_way) if self.left else 0,
         )
 
     def _name(self, this: str) -> str:

@@ -10,8 +10,9 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Ctrl-C and `cancel`; a machine that shuts down; a terminal that was closed."""
+CANCEL = signal.SIGUSR1
+SIGNALS = (signal.SIGINT, CANCEL, signal.SIGTERM, signal.SIGHUP)
+"""Ctrl-C; `supar-sweep cancel`; a machine that shuts down; a terminal that was closed."""
 
 ONE_PRESS_S = 0.5
 """Signals this close are one: a wrapper (make, uv) may pass on the Ctrl-C that the terminal sent to
@@ -22,13 +23,17 @@ all.
 class Interrupts:
     """Counts the signals that ask this process to stop, while the block runs.
 
-    Also where a shell started the process with SIGINT ignored (a script's background job): `cancel`
-    must reach it. In a thread other than the main one, where Python hands out no signals, the count
-    stays 0.
+    Also where a shell started the process with SIGINT ignored (a script's background job). In a thread
+    other than the main one, where Python hands out no signals, the count stays 0.
+
+    Attributes:
+        count: how often.
+        last: which signal it was lately; None = none yet.
     """
 
     def __init__(self) -> None:
         self.count = 0
+        self.last: signal.Signals | None = None
         self._last_s = float("-inf")
         self._before: dict[signal.Signals, Any] = {}
 
@@ -36,6 +41,7 @@ class Interrupts:
         now_s = time.monotonic()
         self.count += now_s - self._last_s > ONE_PRESS_S
         self._last_s = now_s
+        self.last = signal.Signals(number)
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():

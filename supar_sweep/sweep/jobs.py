@@ -44,19 +44,21 @@ class Event(NamedTuple):
         end: a typed end (records.End), or "busy": another process holds the cell.
         message: one line on the cause; "" where the end says it all.
         died: the process ended without a word (killed, crashed).
+        wanted: somebody asked for this end (SLURM's scancel).
     """
 
     cell_id: str
     end: str
     message: str = ""
     died: bool = False
+    wanted: bool = False
 
     @property
     def lost(self) -> bool:
-        """Whether the cell's process was taken from it, killed or told to stop by somebody: worth another try, where it
-        was not the coordinator itself that told it.
+        """Whether the cell's process was taken from it, killed or told to stop by nobody knows whom: worth another try,
+        where it was not the coordinator itself that told it.
         """
-        return self.died or self.end == "cancelled"
+        return self.died or (self.end == "cancelled" and not self.wanted)
 
 
 class Launcher(Protocol):
@@ -92,6 +94,17 @@ class Launcher(Protocol):
         Every submitted job yields exactly one event, as soon as it has ended, whatever it was submitted with; also after
         `cancel`. Nothing under way: returns [] at once.
         """
+
+    def known(self) -> Mapping[str, str]:
+        """Return pending, held or running of each cell that is in a queue already, by cell_id: such a job, submitted again, is
+        followed.
+        """
+
+    def waiting(self) -> set[str]:
+        """Return the cells that were submitted and have not begun, as far as was seen."""
+
+    def withdraw(self) -> set[str]:
+        """Take back what has not begun, and return its cell_ids: these have no event."""
 
     def cancel(self, *, now: bool = False) -> None:
         """Ask every job to save and end as `cancelled`; `now` kills instead. Nothing is taken

@@ -102,6 +102,11 @@ class CellFolder:
         """The id at the end of the folder's name."""
         return self.path.name.rpartition("-")[2]
 
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the cell's checkpoints."""
+        return self.path / "checkpoints"
+
     def result(self) -> dict[str, Any] | None:
         """Return the published result, or None.
 
@@ -142,6 +147,12 @@ class CellFolder:
         attempts = self.attempts()
         return read_json(attempts[-1] / "end.json") if attempts else None
 
+    def begun_at(self) -> int:
+        """Return the step that the newest attempt went on from; 0 where none has begun, or it cannot be read."""
+        with suppress(RecordError, IndexError):
+            return int((read_json(self.attempts()[-1] / "attempt.json") or {}).get("resumed_from_step", 0))
+        return 0
+
     def is_locked(self) -> bool:
         """Return whether a live process works on the cell now, here or wherever the file system is
         shared.
@@ -164,7 +175,9 @@ class CellFolder:
             return False
         return self.close_attempt(end, message, lambda info: info.get("pid") == pid and info.get("host") == here)
 
-    def close_attempt(self, end: End, message: str, ours: Callable[[Mapping[str, Any]], bool]) -> bool:
+    def close_attempt(
+        self, end: End, message: str, ours: Callable[[Mapping[str, Any]], bool], *, died: bool = False
+    ) -> bool:
         """Write how the newest attempt ended, in the place of its process, or over what that had to say.
 
         Returns whether it was written: never while a live process holds the cell.
@@ -173,6 +186,7 @@ class CellFolder:
             end: how it ended.
             message: what is known of the cause.
             ours: whether the attempt's facts (attempt.json) are those of the process that is meant.
+            died: note that its process was lost without a word, for who decides on another try.
         """
         attempts = self.attempts()
         if not attempts or self.is_locked():
@@ -180,7 +194,8 @@ class CellFolder:
         with suppress(RecordError):
             if ours(read_json(attempts[-1] / "attempt.json") or {}):
                 said = read_json(attempts[-1] / "end.json") or {}
-                write_json(attempts[-1] / "end.json", {**said, "end": end, "message": message})
+                noted = {"died": True} if died else {}
+                write_json(attempts[-1] / "end.json", {**said, "end": end, "message": message, **noted})
                 return True
         return False
 
@@ -271,7 +286,7 @@ class Attempt:
     @property
     def checkpoints(self) -> Path:
         """Folder of the cell's checkpoints, shared by its attempts."""
-        return self.cell.path / "checkpoints"
+        return self.cell.checkpoints
 
     def _past(self, step: int) -> list[dict[str, Any]]:
         """Return the metrics up to `step` of the attempt that has most of them, the newest of equals.

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -27,8 +26,10 @@ from supar_sweep.config.fields import check_folder_name
 from supar_sweep.config.schema import CellConfig, DataConfig, RuntimeConfig
 from supar_sweep.errors import ConfigError, RecordError, SuparError
 from supar_sweep.sweep import locks
+from supar_sweep.sweep.code import code_version
 from supar_sweep.sweep.files import read_json, write_json
 from supar_sweep.sweep.identity import cell_id, label
+from supar_sweep.sweep.interrupt import CANCEL
 from supar_sweep.sweep.records import Store
 
 PLAN_VERSION = 1
@@ -216,7 +217,7 @@ class Experiment:
             raise RecordError(f"{path} is torn ({error}); `run` writes it anew") from error
 
     def cancel(self) -> locks.Holder:
-        """Ask the experiment's `run` to stop, as Ctrl-C does there, and return which process it is.
+        """Ask the experiment's `run` to stop its cells and itself, and return which process it is.
 
         Raises:
             SuparError: nothing runs, or it runs on another machine; the text says where.
@@ -227,14 +228,14 @@ class Experiment:
         if runner.host != socket.gethostname():
             raise SuparError(f"experiment {self.name} is run by {runner}: cancel it there")
         try:
-            os.kill(runner.pid, signal.SIGINT)
+            os.kill(runner.pid, CANCEL)
         except OSError as error:
             raise SuparError(f"cannot signal the run ({runner}): {error.strerror}") from error
         return runner
 
 
 def provenance(package: Path, versions: Mapping[str, str]) -> dict[str, Any]:
-    """Return the facts of a submission: code version, packages, command line, host, time.
+    """Return the facts of a submission: code version (git's, and a hash of the files), packages, command line, host, time.
 
     Args:
         package: folder of the code whose version counts: supar_sweep's own.
@@ -242,6 +243,7 @@ def provenance(package: Path, versions: Mapping[str, str]) -> dict[str, Any]:
     """
     return {
         **_git(package.resolve()),
+        "code": code_version(package),
         "versions": dict(versions),
         "argv": list(sys.argv),
         "host": socket.gethostname(),

@@ -50,7 +50,7 @@ class Checkpoints:
         """
         import torch
 
-        path = self.folder / f"step-{step:08d}.pt"
+        path = self._path(step)
         temporary = self.folder / f".{path.name}.{os.getpid()}.tmp"
         content = {
             "version": CHECKPOINT_VERSION,
@@ -98,6 +98,14 @@ class Checkpoints:
             return self._checked(path, content)
         return None
 
+    def at(self, step: int) -> dict[str, Any]:
+        """Return the state of the checkpoint at a step, as `read`.
+
+        Args:
+            step: one that has a checkpoint.
+        """
+        return self.read(self._path(step))
+
     def read(self, path: Path) -> dict[str, Any]:
         """Return the state of one checkpoint, with its "step"; nothing is touched.
 
@@ -108,6 +116,9 @@ class Checkpoints:
             CheckpointError: it is torn, or belongs to another cell or another version of this program.
         """
         return self._checked(path, _read(path))
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}.pt"
 
     def _checked(self, path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
         if content.get("version") != CHECKPOINT_VERSION:

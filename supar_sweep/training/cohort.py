@@ -52,8 +52,9 @@ def stack_key(trainer: Trainer) -> Hashable:
     """
     cell, train = trainer.cell, trainer.cell.train
     batch = (train.batch_seqs, train.accumulation_steps, train.precision)
-    compiled = id(trainer) if trainer.forward is not trainer.model else None  # each is compiled for itself
-    return cell.model, cell.data.n_vocab, batch, trainer.device, trainer.route, trainer.threads, compiled
+    # each is compiled for itself, and shares its passes with other ranks' rather than with other runs
+    alone = id(trainer) if trainer.forward is not trainer.model or trainer.ranks.world_size > 1 else None
+    return cell.model, cell.data.n_vocab, batch, trainer.device, trainer.route, trainer.threads, alone
 
 
 class Cohort:
@@ -73,6 +74,11 @@ class Cohort:
         largest, fastest = _fastest.get(self._key, (0, 0))
         self._sizes = [] if largest >= self._limit else _halves(self._limit)
         self._size = min(fastest, self._limit) or 1
+
+    @property
+    def settled(self) -> bool:
+        """Whether it is known how many share a pass."""
+        return not self._sizes
 
     def choose(self) -> list[Run]:
         """Return the runs to step next; [] when all have come out."""

@@ -44,6 +44,8 @@ def choose_forms(
     device: torch.device,
     route: str,
     resume: Mapping[str, Any] | None,
+    *,
+    micro_seqs: int,
 ) -> Forms:
     """Return the forms in which a cell's layers are computed. A layer without a dead weight is always dense.
 
@@ -53,6 +55,7 @@ def choose_forms(
         device: where.
         route: the dense layers' matmul, which compact is measured against.
         resume: a checkpoint's state, whose forms are kept, or None.
+        micro_seqs: sequences of one pass of a process.
 
     Raises:
         ConfigError: compact is asked for where it cannot be had, or a density out of a layer's reach.
@@ -80,7 +83,7 @@ def choose_forms(
     if runtime.compute != "auto":
         forms = {name: runtime.compute if live[name] < sizes[name] else "dense" for name in shapes}
         return Forms(forms, live, "set by runtime.compute")
-    tokens = cell.train.batch_seqs // cell.train.accumulation_steps * cell.model.context_tokens
+    tokens = micro_seqs * cell.model.context_tokens
 
     def choose(name: str, link: str = "none") -> ComputeChoice:
         fan_out, fan_in = shapes[name]

@@ -17,16 +17,29 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from supar_sweep.config.decode import decode, encode
-from supar_sweep.config.schema import CellConfig, DataConfig, RuntimeConfig
-from supar_sweep.errors import BusyError, ConfigError, DataError, LostDeviceError, RecordError, SuparError
+from supar_sweep.config.schema import CellConfig, DataConfig, RuntimeConfig, check_ranks
+from supar_sweep.errors import (
+    BusyError,
+    ConfigError,
+    DataError,
+    LostDeviceError,
+    LostRankError,
+    RecordError,
+    SuparError,
+)
 from supar_sweep.sweep.records import Attempt, CellFolder, End, finite
 from supar_sweep.training.checkpoint import Checkpoints
 from supar_sweep.training.corpus import Corpus, load_corpus
 from supar_sweep.training.environment import facts, is_out_of_memory
 from supar_sweep.training.member import Outcome, ShouldStop
+from supar_sweep.training.ranks import ALONE, Ranks, one_line
+
+if TYPE_CHECKING:
+    from supar_sweep.training.followers import Follower
+    from supar_sweep.training.train import Run
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +59,7 @@ def run_cell(job: Mapping[str, Any], *, should_stop: ShouldStop = lambda: None) 
             to say how it ended but here.
     """
     told: list[_Told] = []
-    _run([job], should_stop, lambda _, end, message: told.append((end, message)))
+    _run([job], should_stop, lambda _, end, message: told.append((end, message)), ALONE)
     ((end, message),) = told
     if end == "unrecorded":
         raise RecordError(message)
@@ -58,6 +71,7 @@ def run_cells(
     *,
     should_stop: ShouldStop = lambda: None,
     ended: Callable[[str, str, str], None],
+    ranks: Ranks = ALONE,
 ) -> None:
     """Train cells in this process, those of one shape together, and tell how each ended: done, diverged, oom, timeout, failed,
     cancelled, or busy (another process has it).
@@ -71,8 +85,27 @@ def run_cells(
         should_stop: polled before each step; says why to stop (true = cancelled). A preempted run
             ends as cancelled.
         ended: called once for each cell as soon as it has ended, with its cell_id, its end, and one line on the cause.
+        ranks: the processes that train each of the cells together, all of which call this with the same jobs. Rank 0 locks,
+            records and publishes; the others are told its ends.
+
+    Raises:
+        LostRankError: one of the ranks is gone. The cell at hand gets no end: as good as a process that was killed.
     """
-    _run(jobs, should_stop, lambda job, end, message: ended(job["cell_id"], _plain(end), message))
+    if not ranks.is_first:
+        from supar_sweep.training.followers import follow
+
+        follow(jobs, should_stop=should_stop, ranks=ranks)
+    told: dict[str, tuple[str, str]] = {}
+
+    def tell(job: Mapping[str, Any], end: str, message: str) -> None:
+        told[job["cell_id"]] = (_plain(end), message)
+        ended(job["cell_id"], *told[job["cell_id"]])
+
+    if ranks.is_first:
+        _run(jobs, should_stop, tell, ranks)
+    ends = ranks.from_first(lambda: told)
+    for cell_id in ends.keys() - told.keys():
+        ended(cell_id, *ends[cell_id])
 
 
 _Told = tuple[End | Literal["busy", "unrecorded"], str]
@@ -83,15 +116,16 @@ def _plain(end: str) -> str:
     return "failed" if end == "unrecorded" else end
 
 
-def _run(jobs: Sequence[Mapping[str, Any]], should_stop: ShouldStop, tell: _Tell) -> None:
+def _run(jobs: Sequence[Mapping[str, Any]], should_stop: ShouldStop, tell: _Tell, ranks: Ranks) -> None:
     tries = [found for job in jobs if (found := _entered(job, tell))]
     try:
-        ready = [this for this in tries if this.guarded(this.prepare)]
+        ready = [this for this in tries if this.guarded(lambda this=this: this.prepare(ranks.world_size))]  # type: ignore[misc]
         for this in [this for this in ready if this.cell.train.target]:
             this.guarded(lambda this=this: this.finish(this.train_alone(should_stop)))  # type: ignore[misc]
         ours = [this for this in ready if not this.cell.train.target]
+        ranks.from_first(lambda: {this.job["cell_id"]: int((this.resume or {"step": 0})["step"]) for this in ours})
         if ours:
-            _train(ours, should_stop)
+            train_all(ours, should_stop, ranks)
     except KeyboardInterrupt:
         for this in tries:
             this.interrupt()
@@ -123,27 +157,34 @@ def _entered(job: Mapping[str, Any], tell: _Tell) -> _Try | None:
     return None
 
 
-def _train(tries: Sequence[_Try], should_stop: ShouldStop) -> None:
-    from supar_sweep.training.train import Run, train_together
+def train_all(tries: Sequence[_Try | Follower], should_stop: ShouldStop, ranks: Ranks) -> None:
+    """Train cells to their ends, those of one shape together. What fails on one rank fails on all, and ends its cell only.
 
-    of_run: dict[int, _Try] = {}
+    Args:
+        tries: what each run is made of, and who hears how it came out.
+        should_stop: polled before each step.
+        ranks: all of them call this with the same cells.
+    """
+    from supar_sweep.training.train import train_together
+
+    of_run: dict[int, _Try | Follower] = {}
     runs: list[Run] = []
 
-    def begin(this: _Try) -> None:
-        run = Run(this.cell, this.runtime, this.corpus, sink=this.sink, resume=this.resume, together=len(tries))
-        this.resume = None  # its tensors are in the model now
-        of_run[id(run)] = this
-        runs.append(run)
-
     def ended(run: Run, end: Outcome | Exception) -> None:
-        this = of_run[id(run)]
-        if isinstance(end, Exception):
-            this.fail(end)
-        else:
-            this.guarded(lambda: this.finish(end))
+        failed(of_run[id(run)], end) if isinstance(end, Exception) else of_run[id(run)].come_out(end)
+
+    def failed(this: _Try | Follower, error: Exception) -> None:
+        this.fail(error)
+        ranks.tell(error)
 
     for this in tries:
-        this.guarded(lambda this=this: begin(this))  # type: ignore[misc]
+        try:
+            run = this.begin(len(tries), ranks)
+        except Exception as error:
+            failed(this, error)
+        else:
+            of_run[id(run)] = this
+            runs.append(run)
     train_together(runs, should_stop=should_stop, ended=ended)
 
 
@@ -168,18 +209,29 @@ class _Try:
         self._begun_s = time.monotonic()
         self._open = True
 
-    def prepare(self) -> None:
-        """Read what the job names."""
+    def prepare(self, world_size: int) -> None:
+        """Read what the job names, for so many ranks."""
         self.cell = decode(CellConfig, self.job["cell"], prefix="cell")
         self.runtime = decode(RuntimeConfig, self.job["runtime"], prefix="runtime")
-        self.corpus = _corpus(self.cell.data)
-        if self.corpus.fingerprint != self.job["fingerprint"]:
-            raise DataError(
-                f"data.name={self.cell.data.name}: the corpus has changed since this cell was submitted "
-                f"(fingerprint {self.corpus.fingerprint[:12]}, was {self.job['fingerprint'][:12]}); restore it, "
-                "or submit again, which makes new cells"
-            )
+        check_ranks(self.cell, world_size)
+        self.corpus = corpus_of(self.cell.data, self.job["fingerprint"])
         self.resume = self.checkpoints.newest()
+
+    def begin(self, together: int, ranks: Ranks) -> Run:
+        """Return the cell's run; see `train.Run`."""
+        from supar_sweep.training.train import Run
+
+        run = Run(
+            self.cell,
+            self.runtime,
+            self.corpus,
+            sink=self.sink,
+            resume=self.resume,
+            together=together,
+            ranks=ranks,
+        )
+        self.resume = None  # its tensors are in the model now
+        return run
 
     def train_alone(self, should_stop: ShouldStop) -> Outcome:
         """Return what the user's own function says of this cell."""
@@ -190,6 +242,10 @@ class _Try:
         if not isinstance(outcome, Outcome):
             raise ConfigError("train.target", "must return a supar_sweep.training.member.Outcome", value=outcome)
         return outcome
+
+    def come_out(self, outcome: Outcome) -> None:
+        """End the cell as its run came out."""
+        self.guarded(lambda: self.finish(outcome))
 
     def finish(self, outcome: Outcome) -> None:
         """Publish the result, or say why there is none yet."""
@@ -214,6 +270,10 @@ class _Try:
     def fail(self, error: Exception | SystemExit) -> None:
         """End the cell with an error."""
         trace = "".join(traceback.format_exception(error))
+        if isinstance(error, LostRankError):  # what ended the other rank is SLURM's to say
+            log.error("%s: %s", self.attempt.cell.path.name, error)
+            self._close("cancelled", str(error))
+            return
         if isinstance(error, LostDeviceError):  # another cell's doing: as good as a process that was killed
             self._end("cancelled", str(error).partition("\n")[0], trace)
         elif isinstance(error, SuparError):  # its text says it all; the traceback is for a report
@@ -222,7 +282,7 @@ class _Try:
             self._end("oom", f"out of memory {error}".strip(), trace)
         else:
             kind: End = "oom" if is_out_of_memory(error) else "failed"
-            self._end(kind, f"{type(error).__name__}: {error}".partition("\n")[0], trace)
+            self._end(kind, one_line(error), trace)
 
     def interrupt(self) -> None:
         """Leave a word where Python itself was told to stop."""
@@ -296,11 +356,27 @@ class AttemptSink:
         self.checkpoints.warn(message)
 
 
-def _corpus(data: DataConfig) -> Corpus:
+def corpus_of(data: DataConfig, fingerprint: str) -> Corpus:
+    """Return a corpus, read once a process.
+
+    Args:
+        data: which.
+        fingerprint: what it had when its cells were submitted.
+
+    Raises:
+        DataError: it cannot be read, or has changed.
+    """
     key = json.dumps(encode(data), sort_keys=True)
     if key not in _corpora:
         _corpora[key] = load_corpus(data)
-    return _corpora[key]
+    corpus = _corpora[key]
+    if corpus.fingerprint != fingerprint:
+        raise DataError(
+            f"data.name={data.name}: the corpus has changed since this cell was submitted "
+            f"(fingerprint {corpus.fingerprint[:12]}, was {fingerprint[:12]}); restore it, "
+            "or submit again, which makes new cells"
+        )
+    return corpus
 
 
 def _target(dotted: str) -> Callable[..., Outcome]:

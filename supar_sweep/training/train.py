@@ -18,6 +18,7 @@ from supar_sweep.config.schema import CellConfig, RuntimeConfig
 from supar_sweep.training.cohort import Cohort, stack_key
 from supar_sweep.training.corpus import Corpus, check_length
 from supar_sweep.training.member import Member, Outcome, ShouldStop, Sink, Stop, stop_reason
+from supar_sweep.training.ranks import ALONE, Ranks
 from supar_sweep.training.trainer import Trainer, pick_device
 
 CPU_READ_STEPS, CUDA_READ_STEPS = 1, 10
@@ -99,6 +100,7 @@ class Run:
     Args:
         cell, runtime, corpus, sink, resume: as for `train`, which also says what is raised.
         together: cells that its process was given with it, itself included.
+        ranks: the processes that train the cell together, all with the same run.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class Run:
         sink: Sink,
         resume: Mapping[str, Any] | None = None,
         together: int = 1,
+        ranks: Ranks = ALONE,
     ) -> None:
         check_length(
             corpus,
@@ -118,7 +121,7 @@ class Run:
             eval_seqs=cell.train.eval_seqs,
         )
         self.runtime, self.corpus, self.sink = runtime, corpus, sink
-        self.trainer = Trainer(cell, runtime, pick_device(runtime.device), resume)
+        self.trainer = Trainer(cell, runtime, pick_device(runtime.device), resume, ranks)
         self.config = cell.train
         tokens_per_step = self.config.batch_seqs * cell.model.context_tokens
         density = None if self.trainer.masks is None else self.trainer.masks.density
@@ -129,7 +132,7 @@ class Run:
         self.train_s = float(resume["train_s"]) if resume else 0.0
         self.aside_s = 0.0  # of its last step: evaluation and checkpoint
         self.outcome: Outcome | None = None
-        self._saved_s = time.monotonic()
+        self._saved_s = ranks.clock_s()
         self._unread: list[tuple[int, Tensor, Tensor, float]] = []
         self._read_steps = CPU_READ_STEPS if self.trainer.device.type == "cpu" else CUDA_READ_STEPS
         for message in self.trainer.warnings:
@@ -174,7 +177,9 @@ class Run:
 
     def _end(self, end: Literal["done"] | Stop) -> None:
         outcome = self.member.outcome(end, self.step)
-        self.outcome = replace(outcome, facts=self.trainer.facts(outcome.steps_done))
+        facts = self.trainer.facts(outcome.steps_done)
+        self.trainer.ranks.check_same(**{f"hash of the masks after step {self.step}": facts["mask_hash"]})
+        self.outcome = replace(outcome, facts=facts)
 
     def result(self) -> Outcome:
         """Return how it came out, with the seconds that its training took, once it has."""
@@ -189,11 +194,11 @@ class Run:
         every_steps, every_s = self.runtime.checkpoint_every_steps, self.runtime.checkpoint_every_s
         if every_steps is not None and self.step % every_steps == 0:
             return True
-        return every_s is not None and time.monotonic() - self._saved_s >= every_s
+        return every_s is not None and self.trainer.ranks.clock_s() - self._saved_s >= every_s
 
     def _save(self) -> None:
         self.sink.save(self.step, {**self.trainer.state(), "member": self.member.state(), "train_s": self.train_s})
-        self._saved_step, self._saved_s = self.step, time.monotonic()
+        self._saved_step, self._saved_s = self.step, self.trainer.ranks.clock_s()
 
     def _read(self) -> bool:
         return read(self.member, self._unread)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from supar_sweep.config.schema import CellConfig, RuntimeConfig
+from supar_sweep.config.schema import CellConfig, RuntimeConfig, check_ranks
 from supar_sweep.errors import CheckpointError, ConfigError
 from supar_sweep.rules.parameterization import SPARSE_ROLES
 from supar_sweep.sparse.compact import named_live, set_kernel
@@ -28,6 +29,7 @@ from supar_sweep.training.forms import DTYPES, choose_forms
 from supar_sweep.training.mask_updates import MaskUpdates, live_now
 from supar_sweep.training.model import build
 from supar_sweep.training.optim import make_optimizer, make_scheduler
+from supar_sweep.training.ranks import ALONE, Ranks
 from supar_sweep.training.roles import parameter_rows
 
 
@@ -39,10 +41,13 @@ class Trainer:
         runtime: how to compute it.
         device: where.
         resume: a checkpoint's state, or None.
+        ranks: the processes that train the cell together.
 
     Raises:
-        ConfigError: a route without effect here, or a model that does not start as the rules say.
+        ConfigError: a route without effect here, a model that does not start as the rules say, or a batch that the ranks cannot
+            share.
         CheckpointError: a checkpoint of other masks or another model.
+        RankError: the ranks do not start alike, or another one has failed.
     """
 
     def __init__(
@@ -51,16 +56,21 @@ class Trainer:
         runtime: RuntimeConfig,
         device: torch.device,
         resume: Mapping[str, Any] | None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.cell, self.device = cell, device
+        check_ranks(cell, ranks.world_size)
+        self.cell, self.device, self.ranks = cell, device, ranks
+        self.micro_seqs = cell.train.batch_seqs // (cell.train.accumulation_steps * ranks.world_size)
         self.warnings: list[str] = []
         self.threads = int(resume["threads"]) if resume else runtime.n_threads
         torch.set_num_threads(self.threads)
         # nothing of ours draws from it, but a module of the user's may
         torch.manual_seed(cell.seed)
-        self.route, route_reason = self._choose_route(runtime, resume)
+        self.route, route_reason = ranks.from_first(lambda: self._choose_route(runtime, resume))
         self.kernel, kernel_reason = self._choose_kernel(resume)
-        self.forms = choose_forms(cell, runtime, device, self.route, resume)
+        self.forms = ranks.from_first(
+            lambda: choose_forms(cell, runtime, device, self.route, resume, micro_seqs=self.micro_seqs)
+        )
         self.model, self.plans = build(cell, self.forms.compact)
         self.model.to(device)
         self.first_mask_hash = mask_hash(named_live(self.model))
@@ -75,6 +85,10 @@ class Trainer:
             self.masks = MaskUpdates(cell, schedule, self.model, self.plans, self.optimizer, self.scheduler)
         if resume:
             self._restore(resume)
+        if ranks.world_size > 1:
+            ranks.check_same(**{"hash of the masks": self.mask_hash, "device": device.type})
+            # noise is a function of a position, but its last bits are the machine's
+            ranks.copy_from_first(self.parameters)
         self.forward = self._compiled() if runtime.compile else self.model
         self.info = {
             "device": device.type,
@@ -86,6 +100,7 @@ class Trainer:
             "kernel": self.kernel and bool(self.forms.compact),
             "kernel_reason": kernel_reason,
             "compiled": self.forward is not self.model,
+            "ranks": ranks.world_size,
         }
 
     def _choose_route(self, runtime: RuntimeConfig, resume: Mapping[str, Any] | None) -> tuple[str, str]:
@@ -104,8 +119,7 @@ class Trainer:
         if torch_only:
             return "torch", f"oneDNN's route has no effect {torch_only}"
         model = self.cell.model
-        tokens = self.cell.train.batch_seqs // self.cell.train.accumulation_steps
-        choice = choose_route(self.device, tokens * model.context_tokens, model.width, model.d_ffn)
+        choice = choose_route(self.device, self.micro_seqs * model.context_tokens, model.width, model.d_ffn)
         return choice.route, choice.reason
 
     def _choose_kernel(self, resume: Mapping[str, Any] | None) -> tuple[bool, str]:
@@ -146,8 +160,7 @@ class Trainer:
         """Return the compiled model, or the model itself, with a warning, where it does not
         compile here.
         """
-        micro_seqs = self.cell.train.batch_seqs // self.cell.train.accumulation_steps
-        x = torch.zeros(micro_seqs, self.cell.model.context_tokens, dtype=torch.int64, device=self.device)
+        x = torch.zeros(self.micro_seqs, self.cell.model.context_tokens, dtype=torch.int64, device=self.device)
         compiled = cast(nn.Module, torch.compile(self.model, dynamic=False))
         try:
             # compilation happens at the first forward and backward, and that is where a missing
@@ -161,17 +174,19 @@ class Trainer:
         return compiled
 
     def batch(self, corpus: Corpus, step: int) -> tuple[Tensor, Tensor]:
-        """Return (x, y) of optimizer step number `step` (from 0), int64 [batch_seqs, context_tokens] on the CPU."""
+        """Return (x, y) of optimizer step number `step` (from 0), int64 [batch_seqs / world_size, context_tokens] on the CPU."""
         return batch(
             corpus,
             seed=self.cell.seed,
             step=step,
             batch_seqs=self.cell.train.batch_seqs,
             context_tokens=self.cell.model.context_tokens,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
         )
 
     def step(self, corpus: Corpus, step: int) -> tuple[Tensor, Tensor, float]:
-        """Take optimizer step number `step` (from 0); return its loss and gradient norm as 0-d
+        """Take optimizer step number `step` (from 0); return its loss over all ranks and gradient norm as 0-d
         tensors, and the lr factor.
 
         Args:
@@ -183,13 +198,17 @@ class Trainer:
         if parts == 1:
             loss = self._loss(self.forward, x, y)
             loss.backward()  # type: ignore[no-untyped-call]
-            return loss.detach(), *self.update()
+            return self._over_ranks(loss.detach()), *self.update()
         losses = []
         for x_part, y_part in zip(x.chunk(parts), y.chunk(parts), strict=True):
             part = self._loss(self.forward, x_part, y_part) / parts
             part.backward()  # type: ignore[no-untyped-call]
             losses.append(part.detach())
-        return torch.stack(losses).sum(), *self.update()
+        return self._over_ranks(torch.stack(losses).sum()), *self.update()
+
+    def _over_ranks(self, loss: Tensor) -> Tensor:
+        """Average the gradients over the ranks, and return the average loss."""
+        return self.ranks.average([p.grad for p in self.parameters if p.grad is not None], loss)
 
     def to_device(self, tokens: Tensor) -> Tensor:
         """Return tokens on the device of the model, without waiting for them to arrive."""
@@ -228,15 +247,16 @@ class Trainer:
         """Return the mean held-out loss, over the same sequences for every cell."""
         config = self.cell.train
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for x, y in val_batches(
+        batches = val_batches(
             corpus,
             eval_seqs=config.eval_seqs,
             context_tokens=self.cell.model.context_tokens,
-            batch_seqs=config.batch_seqs // config.accumulation_steps,
-        ):
+            batch_seqs=self.micro_seqs,
+        )
+        for x, y in itertools.islice(batches, self.ranks.rank, None, self.ranks.world_size):
             # the plain model: other batch sizes would compile again
             total += self._loss(self.model, x.to(self.device), y.to(self.device)).double() * len(x)
-        return float(total.item()) / config.eval_seqs
+        return float(self.ranks.total(total).item()) / config.eval_seqs
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: tensors and plain values only."""
