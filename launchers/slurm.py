@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from supar_sweep.errors import RecordError
+from supar_sweep.errors import RecordError, SuparError
 from supar_sweep.sweep.arrays import ArrayFolder, Group, OwnRecord, is_of, own_record
 from supar_sweep.sweep.code import freeze_code
 from supar_sweep.sweep.files import write_file
@@ -252,13 +252,23 @@ class SlurmLauncher:
     # -- arrays of a launcher that is gone ---------------------------------------------------------
 
     def known(self) -> dict[str, str]:
-        """Return pending, held or running of each cell that is in the queue already, by cell_id."""
-        return {this: live_state(queued.report) for this, queued in in_queue(self._slurm, self._folder).items()}
+        """Return pending, held or running of each cell that is in the queue already, by cell_id.
+
+        Raises:
+            SuparError: the controller does not answer; what is submitted now might be there already.
+        """
+        queued = in_queue(self._slurm, self._folder)
+        if queued is None:
+            raise SuparError(
+                "SLURM's controller does not tell what is in the queue: nothing was submitted, try again later"
+            )
+        return {this: live_state(each.report) for this, each in queued.items()}
 
     def _adopted(self, job: Job) -> bool:
         """Return whether an element that is in the queue already will train the cell: then that is followed."""
         if time.monotonic() >= self._left_over_until_s:
-            self._left_over = in_queue(self._slurm, self._folder)
+            queue = in_queue(self._slurm, self._folder)
+            self._left_over = self._left_over if queue is None else queue
             self._left_over_until_s = time.monotonic() + self._config.poll_s
         queued = self._left_over.get(job["cell_id"])
         if queued is None or own_record(folder_of(job), queued.array.key).end in SETTLED:

@@ -32,9 +32,9 @@ class Queued(NamedTuple):
     report: Report
 
 
-def in_queue(slurm: Slurm, folder: Path) -> dict[str, Queued]:
-    """Return the element of each cell that arrays of a runs folder have in the queue, by cell_id. A controller that does not
-    answer has an empty one.
+def in_queue(slurm: Slurm, folder: Path) -> dict[str, Queued] | None:
+    """Return the element of each cell that arrays of a runs folder have in the queue, by cell_id; None = the controller does not
+    answer.
 
     An array whose submitter died before it noted the job's id gets that note here.
 
@@ -42,12 +42,17 @@ def in_queue(slurm: Slurm, folder: Path) -> dict[str, Queued]:
         slurm: is asked.
         folder: of the arrays' files.
     """
+    names = slurm.arrays()
+    if names is None:
+        return None
     arrays = {
         job_id: ArrayFolder(folder / name.removeprefix(NAME_PREFIX))
-        for name, job_id in (slurm.arrays() or {}).items()
+        for name, job_id in names.items()
         if name.startswith(NAME_PREFIX) and (folder / name.removeprefix(NAME_PREFIX)).is_dir()
     }
-    reports = (slurm.queue([array.job_name for array in arrays.values()]) if arrays else None) or {}
+    reports = slurm.queue([array.job_name for array in arrays.values()]) if arrays else {}
+    if reports is None:
+        return None
     found: dict[str, Queued] = {}
     for job_id, array in arrays.items():
         with suppress(RecordError):
@@ -76,7 +81,7 @@ def states_in_queue(folder: Path) -> dict[str, str]:
     """
     if not folder.is_dir() or shutil.which("squeue") is None:
         return {}
-    return {this: live_state(queued.report) for this, queued in in_queue(Slurm(), folder).items()}
+    return {this: live_state(queued.report) for this, queued in (in_queue(Slurm(), folder) or {}).items()}
 
 
 def cancel(folder: Path, cells: Collection[str]) -> int:
@@ -89,6 +94,6 @@ def cancel(folder: Path, cells: Collection[str]) -> int:
     if not folder.is_dir() or shutil.which("squeue") is None:
         return 0
     slurm = Slurm()
-    elements = {queued.element for this, queued in in_queue(slurm, folder).items() if this in cells}
+    elements = {queued.element for this, queued in (in_queue(slurm, folder) or {}).items() if this in cells}
     slurm.cancel(sorted(elements), now=False)
     return len(elements)

@@ -61,7 +61,14 @@ class Slurm:
 
     def _ask(self, *command: str) -> subprocess.CompletedProcess[str]:
         try:
-            return subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S, env=self._environment)
+            return subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                timeout=ANSWER_S,
+                env=self._environment,
+                start_new_session=True,  # a terminal's Ctrl-C is ours alone: a squeue that it killed would have told of no job
+            )
         except subprocess.TimeoutExpired:
             return subprocess.CompletedProcess(command, 1, "", f"{command[0]} did not answer in {ANSWER_S:g} s")
 

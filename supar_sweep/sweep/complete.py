@@ -169,8 +169,10 @@ class _Run:
         skipped = sum(state.complete for state in self.states.values())
         self.paid, self.clock_s = 0.0, time.monotonic()  # what was set aside unmended cost nothing
         self._show()
-        while (self.todo or self.under_way or self.elsewhere) and not self.left:
+        while self.todo or self.under_way or self.elsewhere:
             self._obey(interrupts)
+            if self.left:
+                break
             self._hold()
             n_groups = len(set(self.under_way.values()))
             while self.todo and n_groups < self.launcher.slots:
