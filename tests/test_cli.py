@@ -60,7 +60,7 @@ def test_help_of_a_command_shows_its_groups_and_settings(
     code, out, _ = call(capsys, "run", "--help")
     assert code == 0
     assert COMMANDS["run"].does in out
-    assert "hparams: default, paper" in out
+    assert "hparams: cpu, default, paper" in out
     assert "width: 256" in out
 
 

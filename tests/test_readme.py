@@ -48,6 +48,10 @@ SMALLER = {
         "study.confirm_seeds=[1]",
     ],
     "run": OF_GRID,
+    "reproduce": [
+        *(*TINY, "experiment.axes.density=[1,0.25]", "experiment.axes.seed=[0]"),
+        *("study.n_trials=1", "study.confirm_top_k=0", "study.confirm_seeds=[]"),
+    ],
     "calibrate": OF_GRID,
 }
 ON_SLURM = re.compile(r"^## On a SLURM cluster\n+```text\n(.*?)^```", re.M | re.S)
