@@ -156,6 +156,7 @@ class _Run:
     held: int = 0
     interrupts: int = 0
     left: bool = False
+    known: Mapping[str, str] = field(default_factory=dict)
     paid: float = 0.0
     shown: dict[str, int] = field(default_factory=dict)
 
@@ -193,12 +194,12 @@ class _Run:
     def _sort_out(self) -> None:
         """Decide what is to be done with each cell, by its state."""
         corrupt = []
-        known = self.launcher.known()
+        self.known = self.launcher.known()
         for this, state in self.states.items():
             if state.complete:
                 self.folders[this].sweep()
                 continue
-            if state.state == "running" and this not in known:
+            if state.state == "running" and this not in self.known:
                 self.elsewhere.add(this)
                 continue
             if state.state == "corrupt" and not self._mended(this):
@@ -236,8 +237,7 @@ class _Run:
             return
         if first:
             self.progress.message("stopping: cells save and end (Ctrl-C again kills them)")
-            known = self.launcher.known()
-            for this in known.keys() & set(self.todo):  # an earlier `run` has submitted it: to be cancelled, too
+            for this in self.known.keys() & set(self.todo):  # an earlier `run` has submitted it: to be cancelled, too
                 self._submit([this])
             self.todo.clear()
             self.elsewhere.clear()
@@ -390,7 +390,7 @@ class _Run:
                 for end, members in sorted(kinds.items(), key=lambda item: -len(item[1]))
             ),
             wall_s=wall_s,
-            left=len(self.under_way) if self.left else 0,
+            left=len(self.under_way.keys() | (self.known.keys() & set(self.todo))) if self.left else 0,
         )
 
     def _name(self, this: str) -> str:
