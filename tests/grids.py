@@ -32,8 +32,8 @@ def job_of(runs: Path, seed: int) -> dict[str, Any]:
     return make_job(Store(runs / "cells"), tiny_cell(seed=seed), tiny_runtime(), "data", {})
 
 
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline_s = time.monotonic() + 30
+def wait_for(condition: Callable[[], object], timeout_s: float = 30) -> None:
+    deadline_s = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline_s
         time.sleep(0.02)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from supar_sweep.cli.extend import Extension
 from supar_sweep.cli.launch import (
     Grid,
     experiment_of,
@@ -30,6 +31,7 @@ from supar_sweep.config.decode import encode
 from supar_sweep.config.schema import CellConfig
 from supar_sweep.errors import ConfigError
 from supar_sweep.sweep.complete import Summary, complete
+from supar_sweep.sweep.extension import idle, n_added
 from supar_sweep.sweep.handover import hand_over
 from supar_sweep.sweep.jobs import Launcher
 from supar_sweep.sweep.status import STATES, CellState, first_errors, states, status_counts
@@ -46,6 +48,7 @@ CELL_OVERHEAD_BYTES = 12_000
 def plan(settings: Settings) -> int:
     """Print which cells the grid has, what they cost, what is done; nothing is started."""
     grid = freeze(settings)
+    say_idle(grid)
     found = states(experiment_of(settings), grid.plan)
     counts = Counter(state.state for state in found.values())
     left = {this: cell for this, cell in grid.cells.items() if not found[this].complete}
@@ -54,6 +57,7 @@ def plan(settings: Settings) -> int:
         "experiment": settings.experiment,
         "points": len(grid.plan.points),
         "cells": len(grid.cells),
+        "extended": n_added(grid.plan),
         "states": {state: counts[state] for state in STATES if counts[state]},
         "flops": sum(row["flops"] for row in rows),
         "flops_left": sum(row["flops_left"] for row in rows),
@@ -87,8 +91,9 @@ _PLAN_COLUMNS = {
 
 def _plan_title(total: Mapping[str, Any]) -> str:
     by_state = ", ".join(f"{n} {state}" for state, n in total["states"].items())
+    more = f", {total['extended']} of them by extend" if total["extended"] else ""
     return (
-        f"{total['experiment']}: {total['points']} points, {total['cells']} cells ({by_state}); "
+        f"{total['experiment']}: {total['points']} points, {total['cells']} cells{more} ({by_state}); "
         f"{total['flops']:.3g} FLOPs of live weights, {total['flops_left']:.3g} left "
         f"({total['flops_left_dense']:.3g} if every layer is computed dense); "
         f"records {total['records_gb']:.3g} GB"
@@ -130,22 +135,50 @@ def _record_bytes(cell: CellConfig) -> float:
 
 
 def run(settings: Settings) -> int:
-    """Make the grid complete; return 0 when every cell is, 1 when not, 130 after Ctrl-C."""
+    """Make the grid complete, with extend=true larger first where an optimum lies beyond it; return 0 when every cell is,
+    1 when not, 130 after Ctrl-C.
+    """
+    extension = Extension.asked(settings)
     grid = freeze(settings)
-    found = states(experiment_of(settings), grid.plan)
-    settings = with_threads(settings, [cell for this, cell in grid.cells.items() if not found[this].complete])
-    grid = replace(grid, plan=replace(grid.plan, runtime=encode(settings.runtime())))
-    with make_launcher(settings) as launcher:
-        if not getattr(launcher_config(settings), "wait", True):
+    say_idle(grid)
+    if not getattr(launcher_config(settings), "wait", True):
+        settings, grid = _threaded(settings, grid)
+        with make_launcher(settings) as launcher:
             return submit(settings, grid, launcher)
-        summary = train(settings, grid, launcher)
-    row = {"experiment": settings.experiment, **summary.counts, "skipped": summary.skipped}
-    row |= {"held": summary.held, "wall_s": round(summary.wall_s, 1)}
+    summary = first = _complete(settings, grid)
+    wall_s = first.wall_s
+    while extension and not summary.interrupted and (larger := extension.next(grid)):
+        grid = larger
+        summary = _complete(settings, grid)
+        wall_s += summary.wall_s
+    row = {"experiment": settings.experiment, **summary.counts, "skipped": first.skipped}
+    row |= {"extended": n_added(grid.plan)} if extension else {}
+    row |= {"held": summary.held, "wall_s": round(wall_s, 1)}
     if settings.format == "json":
         _write_json({**row, "interrupted": summary.interrupted, "complete": summary.complete})
     else:
         emit([row], format=settings.format)
     return exit_code(summary)
+
+
+def _threaded(settings: Settings, grid: Grid) -> tuple[Settings, Grid]:
+    """Return both with as many threads a process as the cells that are left can use."""
+    found = states(experiment_of(settings), grid.plan)
+    settings = with_threads(settings, [cell for this, cell in grid.cells.items() if not found[this].complete])
+    return settings, replace(grid, plan=replace(grid.plan, runtime=encode(settings.runtime())))
+
+
+def _complete(settings: Settings, grid: Grid) -> Summary:
+    settings, grid = _threaded(settings, grid)
+    with make_launcher(settings) as launcher:
+        return train(settings, grid, launcher)
+
+
+def say_idle(grid: Grid) -> None:
+    """Say which of the values that were added to the grid have no effect, because its settings have changed since."""
+    if found := idle(grid.plan):
+        lines = ", ".join(dict.fromkeys(each.line for each in found))
+        say(f"note: {len(found)} values that extend=true added are of lines that this grid has not: {lines}")
 
 
 def submit(settings: Settings, grid: Grid, launcher: Any) -> int:
@@ -240,7 +273,8 @@ def status(settings: Settings) -> int:
     axes = [key for key in groups[0] if key not in (*STATES, "n")] if groups else []
     by_state = ", ".join(f"{total[state]} {state}" for state in shown)
     who = f"; run by {runner}" if runner else "; no run is working on it"
-    title = f"{settings.experiment}: {total['n']} cells: {by_state}{who}"
+    more = f" ({n_added(frozen)} by extend)" if n_added(frozen) else ""
+    title = f"{settings.experiment}: {total['n']} cells{more}: {by_state}{who}"
     emit(groups, [*axes, "n", *shown], settings.format, title=title)
     for row in errors:
         log = f" (see {row['log']})" if row["log"] else ""

@@ -151,7 +151,7 @@ READS = {
     "transfer": ("target",),
     "rules": ("show",),
     "plan": _GRID,
-    "run": _GRID,
+    "run": (*_GRID, "extend", "budget", "metric"),
     "status": (*_GRID, "by"),
     "cancel": _GRID,
     "plot": (*_GRID, *FIGURE, "study", "check"),
