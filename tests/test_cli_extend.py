@@ -107,6 +107,12 @@ def test_an_optimum_beyond_the_grid_is_found(capsys: pytest.CaptureFixture[str],
         assert low <= known_basin.optimum(entry["density"]) <= high
     assert json.loads((whole.runs / "experiments/known/summary.json").read_text())["proposed"] == []
 
+    assert call(capsys, "report", "experiment.name=known", f"runs_dir={whole.runs}")[0] == 0
+    page = (whole.runs / "experiments/known/report.html").read_text()
+    assert "<dt>added by extend</dt><dd>12 cells</dd>" in page
+    assert "Added to the grid because optima lay beyond it" in page
+    assert "<td>supar density 0.0625</td><td>lr 0.25, 0.5</td>" in page
+
     again, err = run(capsys, whole.runs, "extend=true", BOUNDLESS)
     assert (again["skipped"], again["extended"]) == (N_OWN + 12, 12)
     assert "round" not in err

@@ -7,12 +7,11 @@ from dataclasses import replace
 from supar_sweep.cli.grid import run_grid
 from supar_sweep.cli.launch import experiment_of, freeze, make_launcher, with_threads
 from supar_sweep.cli.output import say
-from supar_sweep.cli.plot import draw_basins, emit_verdict, metric_of
+from supar_sweep.cli.plot import draw_basins, emit_verdict, grid_rows, metric_of
 from supar_sweep.cli.settings import Settings
 from supar_sweep.cli.transfer import say_remapped
 from supar_sweep.cli.tune import checked_proxy, study
 from supar_sweep.config.decode import encode
-from supar_sweep.sweep.status import rows
 
 
 def quickstart(settings: Settings) -> int:
@@ -34,7 +33,7 @@ def quickstart(settings: Settings) -> int:
         return code
     say("4/4  drawing")
     experiment = experiment_of(tuned)
-    entries = draw_basins(rows(experiment, experiment.plan()), experiment.folder, metric)
+    entries = draw_basins(grid_rows(experiment, experiment.plan()), experiment.folder, metric)
     emit_verdict(entries, settings.format)
     say(f"figure   {experiment.folder / 'lr_basins.png'}")
     say(f"table    {experiment.folder / 'verdict.json'}")
