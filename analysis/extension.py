@@ -42,9 +42,8 @@ def _wanted(name: str, axis: str, line: Line, rows: pd.DataFrame) -> Wanted:
     # counted from the grid's own last value: its step, not the last digit of a logarithm, says what comes next
     edge = float(rows[axis].max() if best.side == "high" else rows[axis].min())
     values = tuple(edge * 2.0 ** round(log2 - math.log2(edge), 6) for log2 in best.proposals)
-    bound = (
-        "" if best.bound is None else f", the optimum {'above' if best.side == 'high' else 'below'} 2^{best.bound:g}"
-    )
+    side = "above" if best.side == "high" else "below"
+    bound = "" if best.bound is None else f"; the optimum is {side} 2^{best.bound:.2f}"
     return Wanted(
         line=name,
         axis=axis,

@@ -26,7 +26,10 @@ def scaling_fits(found: Mapping[str, Any]) -> Table:
         rms = f"{fit['rms']:.4f}" if fit else "-"
         rows.append((style.title(name), *shown, rms, str(each["n_points"]), str(each["n_censored"]), each["reason"]))
     columns = ("", "floor, nats", "alpha", "gamma", "rms, nats", "points", "left out", "note")
-    kept = range(len(columns) if any(row[-1] for row in rows) else len(columns) - 1)
+    fitted = any(each["fit"] for each in found["fits"].values())
+    empty = () if fitted else ("floor, nats", "alpha", "gamma", "rms, nats")
+    said = () if any(row[-1] for row in rows) else ("note",)
+    kept = [i for i, name in enumerate(columns) if name not in (*empty, *said)]
     return Table(
         "Scaling fit",
         tuple(columns[i] for i in kept),

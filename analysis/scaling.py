@@ -155,7 +155,7 @@ def fit_points(points: Sequence[Point]) -> tuple[ScalingFit | None, str]:
     n_live, n_densities = len({p.live for p in used}), len({p.density for p in used})
     if n_live < LEAST_LIVE or n_densities < LEAST_DENSITIES or len(used) < len(PARAMETERS) + LEAST_DF:
         return None, (
-            f"{len(used)} points of {n_live} sizes and {n_densities} densities; a fit needs "
+            f"too few shapes: {len(used)} points of {n_live} sizes and {n_densities} densities; a fit needs "
             f"{len(PARAMETERS) + LEAST_DF}, {LEAST_LIVE} and {LEAST_DENSITIES}"
         )
     live, density = np.array([p.live for p in used]), np.array([p.density for p in used])

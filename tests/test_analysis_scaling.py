@@ -132,10 +132,10 @@ def test_the_summary_holds_the_fit_with_intervals_or_why_there_is_none(tmp_path:
     few = summary(high[(high["lr"] < 2.0**-8) | (high["parameterization"] == "supar") | (high["density"] == 1)])
     assert few["fits"]["sp"]["n_censored"] == len(WIDTHS)
     assert few["fits"]["sp"]["fit"] is None
-    assert in_words(few)[-1].startswith(f"sp: no scaling fit ({2 * len(WIDTHS) - len(WIDTHS)} points of")
+    assert in_words(few)[-1].startswith(f"sp: no scaling fit (too few shapes: {len(WIDTHS)} points of")
     one_width = summary(high, fixed={"width": WIDTHS[0]})
     (said,) = in_words(one_width)
-    assert said.startswith("sp, supar: no scaling fit (2 points")
+    assert said.startswith("sp, supar: no scaling fit (too few shapes: 2 points")
     mixed = high.assign(n_layer=[2, 4] * (len(high) // 2))
     assert "where.n_layer" in in_words(summary(mixed))[0]
     _, path = write([], tmp_path, scaling=found)

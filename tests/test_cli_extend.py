@@ -97,7 +97,10 @@ def test_an_optimum_beyond_the_grid_is_found(capsys: pytest.CaptureFixture[str],
     done = whole.done
     assert (done["extended"], done["n"], done["skipped"], done["complete"]) == (6 * 2, N_OWN + 6 * 2, N_OWN, True)
     assert "extend, round 1: 8 cells more" in whole.err
-    assert "density 0.0625: lr 0.0625, 0.125; the lowest mean lies at the high end of the grid, 0.03125" in whole.err
+    assert (
+        "density 0.0625: lr 0.0625, 0.125; the lowest mean lies at the high end of the grid, 0.03125; the optimum is above 2^-5"
+        in whole.err
+    )
     assert "extend: no optimum is censored" in whole.err
 
     for entry in entries(capsys, whole.runs):
