@@ -228,7 +228,7 @@ def test_lines_with_failed_cells_wait(capsys: pytest.CaptureFixture[str], runs_d
         ("extend=maybe", "extend: must be true or false (got 'maybe')"),
         ("budget.max_cells=3", "budget.max_cells: has no effect without extend=true"),
         ("metric=val_loss", "metric: has no effect without extend=true"),
-        ("extend=true metric=loss", "metric: no such metric (got 'loss')"),
+        ("extend=true metric=loss", "metric: unknown choice (got 'loss')"),
         ("extend=true budget.max_cells=0", "budget.max_cells: out of range"),
         ("extend=true budget.max_flops_mult=null", "budget.max_cells: and max_flops_mult are both null"),
         ("extend=true budget.max_cell=3", "did you mean 'budget.max_cells'?"),

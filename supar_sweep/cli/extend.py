@@ -41,10 +41,12 @@ class Extension:
     Args:
         settings: of the command.
         budget: of the settings.
+        metric: the loss whose optima count: train_loss or val_loss.
     """
 
     settings: Settings
     budget: BudgetConfig
+    metric: str
 
     @staticmethod
     def asked(settings: Settings) -> Extension | None:
@@ -53,6 +55,8 @@ class Extension:
         Raises:
             ConfigError: settings that cannot be, or that have no effect.
         """
+        from supar_sweep.cli.plot import metric_of  # plot reads notes of grid, which asks here
+
         plain = settings.plain
         if not isinstance(plain["extend"], bool):
             raise ConfigError("extend", "must be true or false", value=plain["extend"])
@@ -61,7 +65,7 @@ class Extension:
             for key in settings.given("budget", "metric"):
                 raise ConfigError(key, "has no effect without extend=true")
             return None
-        room("analysis.frames").check_metric(plain["metric"])
+        metric = metric_of(settings)
         if not getattr(launcher_config(settings), "wait", True):
             raise ConfigError(
                 "extend",
@@ -69,7 +73,7 @@ class Extension:
                 value=True,
                 allowed="together with launcher.wait=true, now or when the cells are done: they are not trained again",
             )
-        return Extension(settings, budget)
+        return Extension(settings, budget, metric)
 
     def next(self, grid: Grid) -> Grid | None:
         """Return the grid with the values of one more round; None where no optimum is censored, or the budget is spent.
@@ -78,7 +82,7 @@ class Extension:
             grid: with what was added before; its cells were tried.
         """
         table = room("analysis.frames").frame(rows(experiment_of(self.settings), grid.plan))
-        wanted, waiting = room("analysis.extension").wanted(table, self.settings.plain["metric"])
+        wanted, waiting = room("analysis.extension").wanted(table, self.metric)
         if waiting:
             say(
                 f"extend: {len(waiting)} lines have runs without a result and are not looked at, the first: {waiting[0]}"
