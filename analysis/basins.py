@@ -26,6 +26,7 @@ from .frames import (
     refuse_mixed,
     rounded,
     single_values,
+    telling,
     text,
     values_of,
     where,
@@ -89,11 +90,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """A value of the col axis: its lines by falling hue, and the reference among them."""
+    """A value of the col axis, and of the row axis: its lines by falling hue, and the reference among them."""
 
     col: str
     lines: tuple[Line, ...]
     reference_hue: float | str | None
+    row: str = ""
 
     @property
     def reference(self) -> Line | None:
@@ -117,7 +119,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class BasinSet:
-    """Everything a figure of basins shows. `fixed`: the axes that have one value, by name."""
+    """Everything a figure of basins shows: panels row by row. `fixed`: the axes that have one value, by name."""
 
     x: str
     hue: str
@@ -126,6 +128,12 @@ class BasinSet:
     panels: tuple[Panel, ...]
     fixed: Mapping[str, Any]
     n_missing: int
+    row: str | None = None
+
+    def place(self, panel: Panel) -> dict[str, str]:
+        """Return where one of the panels stands: the row and col axes, those that there are, each with its value as text."""
+        placed = ((self.row, panel.row), (self.col, panel.col))
+        return {axis: value for axis, value in placed if axis is not None}
 
 
 def lr_basins(
@@ -136,6 +144,7 @@ def lr_basins(
     metric: str = "train_loss",
     reference: float | None = None,
     fixed: Mapping[str, Any] | None = None,
+    row: str | None = None,
 ) -> BasinSet:
     """Return the basins of a table made by frames.frame: over lr, or over any other axis that was swept (init_std).
 
@@ -147,33 +156,36 @@ def lr_basins(
         reference: hue whose optimum is transferred; default: density 1, else the smallest value.
             Where no line has it, nothing is transferred; nor where the lines are named, not numbered.
         fixed: values of other axes to keep, where the table has several.
+        row: axis of the rows of panels; None = one row. A row need not have all the panels of another.
 
     Raises:
         ConfigError: an unknown axis or metric, or an axis that varies along a line.
     """
-    check_axes(table, x=x, hue=hue, col=col)
+    check_axes(table, x=x, hue=hue, col=col, row=row)
     check_metric(metric)
     kept = where(table, fixed or {})
     if not (pd.to_numeric(kept[x], errors="coerce") > 0).all():
         raise ConfigError("x", "is fitted in log2, so it must be positive numbers", value=x)
-    common = single_values(kept, but=(x, hue, col))
+    axes = (x, hue, col, row)
+    common = single_values(kept, but=axes)
     panels = []
-    for name, rows in panels_of(kept, col):
+    placed = ((above, name, rows) for above, of_row in panels_of(kept, row) for name, rows in panels_of(of_row, col))
+    for above, name, rows in placed:
         hues = values_of(rows, hue)[::-1] if _numbered(rows, hue) else values_of(rows, hue)
         usual = 1.0 if hue == "density" else min(hues) if _numbered(rows, hue) else None
         wanted = usual if reference is None else rounded(reference)
         of_line = [having(rows, hue, each) for each in hues]
         for line in of_line:
-            shown = " ".join(f"{axis}={text(rounded(line[axis].iloc[0]))}" for axis in (col, hue) if axis is not None)
-            refuse_mixed(line, f"the line {shown}", (), [axis for axis in (x, hue, col) if axis is not None])
+            named = [axis for axis in (row, col, hue) if axis is not None]
+            shown = " ".join(f"{axis}={text(rounded(line[axis].iloc[0]))}" for axis in named)
+            refuse_mixed(line, f"the line {shown}", (), [x, *named])
         points = [points_of(line, x, metric) for line in of_line]
         tied = [
-            {axis: v for axis, v in single_values(line, but=(x, hue, col)).items() if axis not in common}
-            for line in of_line
+            {axis: v for axis, v in single_values(line, but=axes).items() if axis not in common} for line in of_line
         ]
         fits = fit_panel([[point.observed for point in line] for line in points])
         lines = tuple(map(Line, hues, points, fits, tied))
-        panels.append(Panel(name, lines, wanted if wanted in hues else None))
+        panels.append(Panel(name, lines, wanted if wanted in hues else None, above))
     return BasinSet(
         x=x,
         hue=hue,
@@ -182,6 +194,7 @@ def lr_basins(
         panels=tuple(panels),
         fixed=common,
         n_missing=sum(p.n_missing for panel in panels for line in panel.lines for p in line.points),
+        row=row,
     )
 
 
@@ -193,23 +206,24 @@ def basin_sets(
     col: str | None = "parameterization",
     fixed: Mapping[str, Any] | None = None,
     reference: float | None = None,
+    row: str | None = None,
 ) -> list[BasinSet]:
     """Return the basins of every part of a table that is a figure of its own (each width, say), ascending.
 
     Args:
-        table, metric, x, hue, col, fixed, reference: as for `lr_basins`.
+        table, metric, x, hue, col, fixed, reference, row: as for `lr_basins`.
     """
-    check_axes(table, x=x, hue=hue, col=col)
+    check_axes(table, x=x, hue=hue, col=col, row=row)
     kept = where(table, fixed or {})
     return [
-        lr_basins(table, x, hue, col, metric, reference, {**(fixed or {}), **part})
-        for part in parts(kept, (hue, col), (x,))
+        lr_basins(table, x, hue, col, metric, reference, {**(fixed or {}), **part}, row)
+        for part in parts(kept, (hue, col, row), (x,))
     ]
 
 
 def told_apart(each: BasinSet, sets: Sequence[BasinSet]) -> dict[str, Any]:
     """Return what tells a figure from the others of `basin_sets`: axis -> its value."""
-    return {axis: at for axis, at in each.fixed.items() if len({str(other.fixed.get(axis)) for other in sets}) > 1}
+    return {axis: each.fixed[axis] for axis in telling(other.fixed for other in sets)}
 
 
 def _numbered(rows: pd.DataFrame, axis: str) -> bool:
@@ -253,7 +267,7 @@ def data_rows(basins: BasinSet) -> list[dict[str, Any]]:
                 rows.append(
                     {
                         **basins.fixed,
-                        **({} if basins.col is None else {basins.col: panel.col}),
+                        **basins.place(panel),
                         basins.hue: line.hue,
                         **line.tied,
                         basins.x: 2.0**point.log2_x,

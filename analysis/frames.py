@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from supar_sweep.errors import ConfigError
+from supar_sweep.rules.mask_schedule import DYNAMIC_METHODS
 from supar_sweep.rules.parameterization import PARAMETERIZATIONS
 
 AXES = ("parameterization", "width", "density", "n_layer", "lr", "init_std")
@@ -115,17 +116,25 @@ def check_metric(metric: str) -> None:
 
 
 def rounded(value: Any) -> Any:
-    """Return a number with nine digits, so that values computed in two ways are one; anything else as it is."""
+    """Return a number with nine digits, so that values computed in two ways are one; anything else as it is.
+
+    Null is None, also where pandas writes NaN.
+    """
     if isinstance(value, bool | str) or value is None:
         return value
-    return float(f"{float(value):.9g}")
+    return None if value != value else float(f"{float(value):.9g}")
 
 
 def values_of(table: pd.DataFrame, axis: str) -> list[Any]:
-    """Return an axis' distinct values in order: parameterizations as in the rule table, numbers and text rising."""
+    """Return an axis' distinct values in order: parameterizations as in the rule table, methods from static masks to gmp,
+    numbers and text rising.
+    """
     found = list(dict.fromkeys(rounded(value) for value in table[axis].tolist()))
     if axis == "parameterization":
         return sorted(found, key=in_rule_table)
+    if axis == "method":
+        known = ("static", *DYNAMIC_METHODS)
+        return sorted(found, key=lambda value: known.index(value) if value in known else len(known))
     return sorted(
         found, key=lambda value: (not isinstance(value, float), value if isinstance(value, float) else str(value))
     )
@@ -138,12 +147,14 @@ def in_rule_table(name: Any) -> tuple[int, str]:
 
 
 def having(table: pd.DataFrame, axis: str | None, value: Any) -> pd.DataFrame:
-    """Return the rows whose axis has the (rounded) value; all of them where the axis is None."""
-    return table if axis is None else table[table[axis].map(rounded) == value]
+    """Return the rows whose axis has the (rounded) value, None for null; all of them where the axis is None."""
+    if axis is None:
+        return table
+    return table[table[axis].isna() if value is None else table[axis].map(rounded) == value]
 
 
 def panels_of(table: pd.DataFrame, col: str | None) -> list[tuple[str, pd.DataFrame]]:
-    """Return the panels of a figure: the col axis' value as text, and its rows; one panel named "" where col is None.
+    """Return the panels along one axis: its value as text, and its rows; one panel named "" where the axis is None.
 
     In the axis' order, densities from dense to sparse.
     """
@@ -154,8 +165,16 @@ def panels_of(table: pd.DataFrame, col: str | None) -> list[tuple[str, pd.DataFr
 
 
 def text(value: Any) -> str:
-    """Return a value of an axis as plain text: 0.25, 256, sp."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    """Return a value of an axis as plain text: 0.25, 256, sp, null."""
+    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def parsed(shown: str) -> Any:
+    """Return the value of an axis from its `text`."""
+    try:
+        return None if shown == text(None) else float(shown)
+    except ValueError:
+        return shown
 
 
 def parts(table: pd.DataFrame, within: Sequence[str | None], swept: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -192,6 +211,25 @@ def varied(table: pd.DataFrame, within: Sequence[str | None], swept: Sequence[st
         if (column.groupby(key).nunique(dropna=False).max() if key else column.nunique(dropna=False)) > 1:
             found.append(axis)
     return found
+
+
+def telling(settings: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the axes in which things differ, without what goes with another: a grid's drop_fraction, which follows its method.
+
+    Args:
+        settings: each thing's axes, by name; a missing one is null.
+    """
+    listed = list(settings)
+    names = dict.fromkeys(axis for each in listed for axis in each)
+    values = {axis: [text(rounded(each.get(axis))) for each in listed] for axis in names}
+    apart = [axis for axis in names if len(set(values[axis])) > 1]
+    kept = [axis for axis in apart if axis in AXES]
+    # one that is null for some is a setting of the others alone, so what it goes with is named instead
+    further = [axis for axis in apart if axis not in AXES]
+    for axis in sorted(further, key=lambda name: (text(None) in values[name], -len(set(values[name])))):
+        if all(len(set(zip(values[other], values[axis], strict=True))) > len(set(values[other])) for other in kept):
+            kept.append(axis)
+    return [axis for axis in apart if axis in kept]
 
 
 def refuse_mixed(table: pd.DataFrame, what: str, within: Sequence[str | None], swept: Sequence[str] = ()) -> None:

@@ -1,4 +1,6 @@
-"""BasinSet -> Figure: loss against log2 of the swept axis (lr, init_std, any other), a panel per parameterization."""
+"""BasinSet -> Figure: loss against log2 of the swept axis (lr, init_std, any other), a panel per parameterization, in rows
+where there is a second axis of panels.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,12 @@ _NO_CI = "D"
 
 
 def draw(basins: BasinSet) -> Figure:
-    """Return the figure: panels side by side that share both axes, one legend below."""
+    """Return the figure: panels side by side that share both axes, one legend below.
+
+    With a row axis, its value stands at the left of its panels.
+    """
     with style.look():
-        n = len(basins.panels)
-        drawn, grid = style.panels(n, style.COLUMN_IN * (0.9 if n > 1 else 1.3), _PANEL_HEIGHT_IN, legend_in=1.0)
+        drawn, grid = _grid(basins)
         low, high = loss_limits(basins)
         hues = list(dict.fromkeys(line.hue for panel in basins.panels for line in panel.lines))
         if all(isinstance(hue, float) for hue in hues):
@@ -39,14 +43,17 @@ def draw(basins: BasinSet) -> Figure:
         darkest = next(iter(reference)) if len(reference) == 1 else None
         looks = style.looks(basins.hue, hues, darkest)
         xs = [p.log2_x for panel in basins.panels for line in panel.lines for p in line.points]
-        for axes, panel in zip(grid, basins.panels, strict=True):
+        loss = f"{style.METRIC_NAMES[basins.metric]} (nats)"
+        for axes, panel, above in zip(grid, basins.panels, [None, *basins.panels], strict=False):
             _panel(axes, panel, looks, high)
             axes.set_title(style.panel_title(basins.col, panel.col))
-            axes.set_xlabel(f"{style.axis_name(basins.x)} (log$_2$ scale)")
+            if axes.xaxis.get_tick_params()["labelbottom"]:  # the lowest of its column
+                axes.set_xlabel(f"{style.axis_name(basins.x)} (log$_2$ scale)")
             axes.set_ylim(low, high)
             axes.set_xlim(min(xs) - 0.45, max(xs) + 0.45)
             style.log2_ticks(axes, max(xs) - min(xs))
-        grid[0].set_ylabel(f"{style.METRIC_NAMES[basins.metric]} (nats)")
+            if above is None or panel.row != above.row:
+                axes.set_ylabel(f"{style.panel_title(basins.row, panel.row)}\n{loss}" if basins.row else loss)
         style.heading(drawn, _title(basins))
         handles, labels = _legend(basins, hues, looks)
         style.legend(drawn, handles, labels)
@@ -74,6 +81,22 @@ def loss_limits(basins: BasinSet) -> tuple[float, float]:
     top = max(top, 1.5 * max([*floors, lowest]) - 0.5 * lowest, lowest + _LEAST_EXCESS * abs(lowest))
     span = top - lowest
     return lowest - _FLOOR * span, top + _HEADROOM * span
+
+
+def _grid(basins: BasinSet) -> tuple[Figure, list[Axes]]:
+    """Return an empty figure, and the axes of each panel: a row a value of the row axis, else as many side by side as fit."""
+    n = len(basins.panels)
+    if basins.row is None:
+        return style.panels(n, style.COLUMN_IN * (0.9 if n > 1 else 1.3), _PANEL_HEIGHT_IN, legend_in=1.0)
+    rows = list(dict.fromkeys(panel.row for panel in basins.panels))
+    # in the order of the fullest row first, so that a row which lacks one does not reorder the others
+    by_row = [[panel.col for panel in basins.panels if panel.row == row] for row in rows]
+    cols = list(dict.fromkeys(col for of_row in sorted(by_row, key=len, reverse=True) for col in of_row))
+    wide = style.COLUMN_IN * (0.9 if len(cols) > 1 else 1.3)
+    drawn, grid = style.panels(len(rows) * len(cols), wide, _PANEL_HEIGHT_IN, legend_in=1.0, per_row=len(cols))
+    places = [rows.index(panel.row) * len(cols) + cols.index(panel.col) for panel in basins.panels]
+    style.hide([axes for place, axes in enumerate(grid) if place not in places], len(cols), grid)
+    return drawn, [grid[place] for place in places]
 
 
 def _panel(axes: Axes, panel: Panel, looks: dict[Any, style.Look], top: float) -> None:

@@ -23,14 +23,14 @@ from . import scaling, style
 from .basins import BasinSet
 from .frames import frame
 from .report_cost import Cost, cost, flops_text, study_cost, time_text
-from .report_figures import CurveOf, LeftOut, Picture, basins_of, pictures
+from .report_figures import CurveOf, LeftOut, Own, Picture, basins_of, pictures
 from .report_origin import Facts, Origin, Table, origin
 from .report_tables import extension, scaling_fits
-from .statements import Statement, quickstart_statements
+from .statements import Statement, can_be_asked, quickstart_statements
 from .study import Study
 from .study import study as study_data
 from .tables import regret_text, value_or_bound
-from .verdict import RULE, Entry, Verdict, entries, proposals, verdicts
+from .verdict import GROUP, RULE, Entry, Verdict, entries, proposals, verdicts
 
 CELLS_LISTED = 1000
 """A page that lists more is slow to open; plan.json holds them all."""
@@ -60,6 +60,7 @@ class Records:
         metric: train_loss or val_loss.
         argv: the words that asked for the report.
         made: when, as text. version: of supar-sweep.
+        own: the figure that the experiment names; None = it names none.
     """
 
     plan: Plan
@@ -73,6 +74,7 @@ class Records:
     argv: Sequence[str]
     made: str
     version: str
+    own: Own | None = None
 
 
 @dataclass(frozen=True)
@@ -123,10 +125,10 @@ def report(records: Records) -> Report:
         )
     cells = {this: decode(CellConfig, planned.cell) for this, planned in plan.cells.items()}
     table = frame(records.rows)
-    sets = basins_of(table, records.metric)
+    sets = basins_of(table, records.metric, records.own)
     found = entries(sets)
     origin_ = origin(plan, cells, records.results, records.study.winner if records.study else None, records.argv)
-    drawn, left_out = pictures(table, sets, records.metric, records.curve_of, _study_data(records.study))
+    drawn, left_out = pictures(table, sets, records.metric, records.curve_of, _study_data(records.study), records.own)
     spent = _cost(records, cells)
     return Report(
         experiment=plan.experiment,
@@ -197,8 +199,7 @@ def _incomplete(states: Mapping[str, CellState]) -> str:
 
 def _claims(found: Sequence[Entry]) -> Iterable[Statement]:
     """Return the quick start's claims where the grid can be asked about them: densities, SP and SuPar."""
-    asked = {entry.parameterization for entry in found} >= {"sp", "supar"} and len({e.density for e in found}) > 1
-    return quickstart_statements(found) if asked and {entry.x for entry in found} == {"lr"} else ()
+    return quickstart_statements(found) if can_be_asked(found) else ()
 
 
 def optima(found: Sequence[Entry]) -> Table:
@@ -206,7 +207,7 @@ def optima(found: Sequence[Entry]) -> Table:
     name = found[0].x
     rows = [
         (
-            style.title(entry.parameterization),
+            style.place_text({"parameterization": entry.parameterization, **entry.also}),
             str(entry.width),
             style.number(entry.density),
             str(entry.n_layer),
@@ -265,7 +266,7 @@ def _proposed(found: Sequence[Entry]) -> Table | None:
         ("", "width", "density", "layers", name),
         tuple(
             (
-                style.title(row["parameterization"]),
+                style.place_text({axis: row[axis] for axis in row if axis not in (*GROUP[1:], name)}),
                 str(row["width"]),
                 style.number(row["density"]),
                 str(row["n_layer"]),

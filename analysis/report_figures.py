@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from supar_sweep.errors import ConfigError
 from supar_sweep.sweep.tables import render
 
-from . import basins, heatmap, loss_curves, lr_basins, pareto, scaling, style
+from . import basins, heatmap, loss_curves, lr_basins, lr_exponent, pareto, scaling, style
 from . import study as study_figure
 from .basins import BasinSet, Panel
 from .frames import SWEPT, having, panels_of, parts, values_of, varied, where
@@ -41,6 +41,16 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Own:
+    """The figure that an experiment names as its own. `axes`, `fixed`, `reference`: arguments of the module `kind`."""
+
+    kind: str
+    axes: Mapping[str, Any]
+    fixed: Mapping[str, Any]
+    reference: float | None
+
+
+@dataclass(frozen=True)
 class LeftOut:
     """A figure that the grid does not support, and why."""
 
@@ -52,6 +62,7 @@ _DRAWN: Mapping[str, tuple[Callable[[Any], Figure], Callable[[Any], list[dict[st
     "lr_basins": (lr_basins.draw, basins.data_rows),
     "pareto": (pareto.draw, pareto.data_rows),
     "heatmap": (heatmap.draw, heatmap.data_rows),
+    "lr_exponent": (lr_exponent.draw, lr_exponent.data_rows),
     "scaling": (scaling.draw, scaling.data_rows),
     "loss_curves": (loss_curves.draw, loss_curves.data_rows),
     "study": (study_figure.draw, study_figure.data_rows),
@@ -92,8 +103,10 @@ def line_axis(table: pd.DataFrame) -> str:
     return next((axis for axis in LINES if len(values_of(table, axis)) > 1), LINES[0])
 
 
-def basins_of(table: pd.DataFrame, metric: str) -> list[BasinSet]:
-    """Return the basins of a grid over its own swept axis; [] where none was swept."""
+def basins_of(table: pd.DataFrame, metric: str, own: Own | None = None) -> list[BasinSet]:
+    """Return the basins of a grid, as its own figure has them, else over its swept axis; [] where none was swept."""
+    if own and own.kind in ("lr_basins", "init_basins"):
+        return basins.basin_sets(table, metric, **own.axes, fixed=own.fixed, reference=own.reference)
     swept = swept_axis(table)
     return [] if swept is None else basins.basin_sets(table, metric, swept, line_axis(table))
 
@@ -104,8 +117,9 @@ def pictures(
     metric: str,
     curve_of: CurveOf,
     study: study_figure.Study | None,
+    own: Own | None = None,
 ) -> tuple[tuple[Picture, ...], tuple[LeftOut, ...]]:
-    """Return the figures that the grid supports, and those that it does not.
+    """Return the figures that the grid supports, its own first, and those that it does not.
 
     Args:
         table: made by frames.frame, with a column `live_parameters`.
@@ -113,6 +127,7 @@ def pictures(
         metric: train_loss or val_loss.
         curve_of: cell id -> its metrics, a mapping a logged step.
         study: where the hyperparameters were tuned; None = not known.
+        own: the figure that the experiment names; None = it names none.
     """
     found, left = [], []
     for each in sets:
@@ -124,9 +139,10 @@ def pictures(
     if not sets:
         left.append(LeftOut("basins", "neither lr nor init_std has several values on a line"))
     makers: tuple[tuple[str, Callable[[], Picture]], ...] = (
-        ("heatmap", lambda: _heatmap(table, metric)),
-        ("pareto", lambda: _pareto(table, metric)),
+        ("heatmap", lambda: _heatmap(table, metric, own)),
+        ("pareto", lambda: _pareto(table, metric, own)),
         ("scaling", lambda: _scaling(table, metric)),
+        *([("lr_exponent", lambda: _lr_exponent(table, metric, own))] if own and own.kind == "lr_exponent" else []),
         ("loss_curves", lambda: _loss_curves(table, sets, curve_of)),
     )
     for kind, make in makers:
@@ -138,7 +154,7 @@ def pictures(
         left.append(LeftOut("study", "the grid's records name no study, or its journal is not in this runs folder"))
     else:
         found.append(_study(study))
-    return tuple(found), tuple(left)
+    return tuple(sorted(found, key=lambda each: own is None or each.kind != own.kind)), tuple(left)
 
 
 def _basins(each: BasinSet, sets: Sequence[BasinSet]) -> Picture:
@@ -157,7 +173,9 @@ def _basins(each: BasinSet, sets: Sequence[BasinSet]) -> Picture:
     )
 
 
-def _heatmap(table: pd.DataFrame, metric: str) -> Picture:
+def _heatmap(table: pd.DataFrame, metric: str, own: Own | None) -> Picture:
+    if own and own.kind == "heatmap":
+        return _map_of(heatmap.heatmap(table, **own.axes, metric=metric, fixed=own.fixed))
     hue = next((axis for axis in LINES[1:] if len(values_of(table, axis)) > 1), "width")
     across = [len(set(rows["density"])) for _, rows in table.groupby(hue)]
     down = [len(set(rows[hue])) for _, rows in table.groupby("density")]
@@ -169,29 +187,53 @@ def _heatmap(table: pd.DataFrame, metric: str) -> Picture:
     compared = [cell for _, cells in found.panels for cell in cells if not cell.is_reference]
     if all(cell.shift.value is None and cell.shift.bound is None for cell in compared):
         raise ConfigError(_GRID, "the map needs the optimum of the proxy's own shape, and of others")
+    return _map_of(found)
+
+
+def _map_of(found: heatmap.HeatMap) -> Picture:
     return Picture(
         "heatmap",
         "heatmap",
-        f"Shift and regret over {style.axis_name(hue).lower()} and density",
+        f"Shift and regret over {style.axis_name(found.y).lower()} and {style.axis_name(found.x).lower()}",
         "Against one reference, the proxy's own shape (framed): how far the best value moves, and what its own best "
         "value would have saved each shape. Darker is worse; pale is transfer.",
         found,
     )
 
 
-def _pareto(table: pd.DataFrame, metric: str) -> Picture:
+def _pareto(table: pd.DataFrame, metric: str, own: Own | None) -> Picture:
+    if own and own.kind == "pareto":
+        return _over(pareto.pareto(table, **own.axes, metric=metric, fixed=own.fixed, reference=own.reference))
     x = line_axis(table)
     if len(values_of(table, x)) < 2:
         raise ConfigError(_GRID, "only one density, width and depth: no line to draw over them")
     apart = varied(table, (x, "parameterization"), SWEPT)
     col = next((axis for axis in LINES if axis in apart), None)
+    return _over(pareto.pareto(table, x, col=col, metric=metric))
+
+
+def _over(found: pareto.Pareto) -> Picture:
+    fitted = (
+        "At the value transferred from the reference, and at each line's own best value; the gap between the two is the "
+        "regret."
+    )
     return Picture(
         "pareto",
         "pareto",
-        f"Loss against {style.axis_name(x).lower()}",
-        "At the value transferred from the reference, and at each line's own best value; the gap between the two is the "
-        "regret.",
-        pareto.pareto(table, x, col=col, metric=metric),
+        f"Loss against {style.axis_name(found.x).lower()}",
+        fitted if found.swept else "All hyperparameters transferred; nothing was swept here.",
+        found,
+    )
+
+
+def _lr_exponent(table: pd.DataFrame, metric: str, own: Own) -> Picture:
+    return Picture(
+        "lr_exponent",
+        "lr_exponent",
+        "Which power of density the best learning rate goes with",
+        "How far the best value moves from the dense one's under each exponent that was run. The exponent that keeps it in "
+        "place is where a line crosses zero.",
+        lr_exponent.lr_exponent(table, **own.axes, metric=metric, fixed=own.fixed, reference=own.reference),
     )
 
 

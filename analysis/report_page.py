@@ -11,7 +11,7 @@ import jinja2
 from .report import Report
 from .report_cost import FORMULA, MEANING, flops_text, time_text
 from .report_figures import data_csv, size_px, svg
-from .style import title
+from .style import place_text
 
 HERE = Path(__file__).resolve().parent
 
@@ -41,7 +41,7 @@ def html(found: Report) -> str:
         css=(HERE / "report.css").read_text(encoding="utf-8"),
         verdicts=[
             {
-                "name": title(verdict.parameterization),
+                "name": place_text({"parameterization": verdict.parameterization, **verdict.also}),
                 "answer": verdict.answer,
                 "kind": MARKS.get(verdict.answer, ("open", "?"))[0],
                 "mark": MARKS.get(verdict.answer, ("open", "?"))[1],

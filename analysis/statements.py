@@ -86,8 +86,19 @@ def reaches_lower_loss(found: Sequence[Entry], better: str, than: str) -> Statem
     return Statement(text, first.best_loss <= second.best_loss, numbers, "; ".join(notes))
 
 
+def can_be_asked(found: Sequence[Entry]) -> bool:
+    """Return whether the grid can be asked about the quick start's claims: SP and SuPar, several densities, LR swept."""
+    names, densities = {each.parameterization for each in found}, {each.density for each in found}
+    return names >= {"sp", "supar"} and len(densities) > 1 and {each.x for each in found} == {"lr"}
+
+
 def quickstart_statements(found: Sequence[Entry]) -> list[Statement]:
-    """Return what the quick start claims, computed: SP moves, SuPar stays, SuPar is no worse."""
+    """Return what the quick start claims, computed: SP moves, SuPar stays, SuPar is no worse.
+
+    [] where the entries tell further axes apart: a claim is about one line of each density.
+    """
+    if any(entry.also for entry in found):
+        return []
     return [
         moves_more_than(found, "sp", 2.0),
         moves_less_than(found, "supar", 0.5),

@@ -41,6 +41,8 @@ TITLES = {
     "lr_only": "S\N{MICRO SIGN}Par LR only",
 }
 
+METHOD_TITLES = {"static": "Static masks", "set": "SET", "rigl": "RigL", "gmp": "GMP"}
+
 FIXED_LOOKS = {
     "sp": ("#D55E00", "s", (5, 1.5)),
     "mup": ("#0072B2", "^", (3, 1.2)),
@@ -64,7 +66,12 @@ AXIS_NAMES = {
     "width": "Width",
     "n_layer": "Layers",
     "parameterization": "Parameterization",
+    "method": "Method",
+    "dynamic_lr_exponent": "Learning-rate exponent",
 }
+
+_NAMED = ("parameterization", "method")
+"""Axes whose values are names that stand for themselves."""
 
 _PARAMETERS: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -160,9 +167,9 @@ def looks(axis: str, values: Sequence[Any], reference: Any = None) -> dict[Any, 
     return {value: Look(*found[value]) for value in values}
 
 
-def title(parameterization: str) -> str:
-    """Return how a parameterization is written in a figure."""
-    return TITLES.get(parameterization, parameterization)
+def title(name: str) -> str:
+    """Return how a parameterization, or a method of changing masks, is written in a figure."""
+    return TITLES.get(name) or METHOD_TITLES.get(name, name)
 
 
 def axis_name(axis: str) -> str:
@@ -171,9 +178,11 @@ def axis_name(axis: str) -> str:
 
 
 def value_text(axis: str, value: Any) -> str:
-    """Return a value of an axis as text: SP, density 1/16, learning rate 2^-7."""
-    if axis == "parameterization":
+    """Return a value of an axis as text: SP, RigL, density 1/16, learning rate 2^-7."""
+    if axis in _NAMED:
         return title(str(value))
+    if value is None or value != value:  # pandas writes null as NaN
+        value = "null"
     try:
         plain = float(value)
     except (TypeError, ValueError):
@@ -188,7 +197,12 @@ def panel_title(axis: str | None, value: Any) -> str:
     if axis is None:
         return ""
     text = value_text(axis, value)
-    return text if axis == "parameterization" else text[:1].upper() + text[1:]
+    return text if axis in _NAMED else text[:1].upper() + text[1:]
+
+
+def place_text(axes: Mapping[str, Any]) -> str:
+    """Return where in a grid something stands, in words: RigL, learning-rate exponent 1/2."""
+    return ", ".join(value_text(axis, value) for axis, value in axes.items())
 
 
 def fixed_text(fixed: Mapping[str, Any], but: Sequence[str] = ()) -> str:
@@ -198,7 +212,7 @@ def fixed_text(fixed: Mapping[str, Any], but: Sequence[str] = ()) -> str:
         fixed: axis -> its one value.
         but: axes that the figure shows otherwise.
     """
-    shown = ("parameterization", "width", "n_layer", "density", "lr")
+    shown = ("parameterization", "method", "width", "n_layer", "density", "lr")
     return ", ".join(value_text(axis, fixed[axis]) for axis in shown if axis in fixed and axis not in but)
 
 
@@ -271,11 +285,21 @@ def panels(
     rows = math.ceil(n / columns)
     drawn = figure(max(width_in * columns, COLUMN_IN), height_in * rows + legend_in)
     found = list(drawn.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
-    for spare in found[n:]:
-        spare.set_visible(False)
-    for lowest in found[max(n - columns, 0) : n]:
-        lowest.tick_params(labelbottom=True)
+    hide(found[n:], columns, found)
     return drawn, found[:n]
+
+
+def hide(spare: Sequence[Axes], columns: int, found: Sequence[Axes]) -> None:
+    """Take empty places out of a grid of panels; the lowest panel that is left in a column gets the labels of its ticks.
+
+    Args:
+        spare: of `found`. columns: panels side by side. found: all places, row by row.
+    """
+    for each in spare:
+        each.set_visible(False)
+    for first in range(columns):
+        for lowest in [each for each in found[first::columns] if each.get_visible()][-1:]:
+            lowest.tick_params(labelbottom=True)
 
 
 def legend(drawn: Figure, handles: Sequence[Any], labels: Sequence[str], **more: Any) -> None:

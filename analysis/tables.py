@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from .frames import rounded
+from .frames import text as plain_text
 from .style import title
 from .verdict import Entry
 
-BEFORE = ("parameterization", "width", "density", "n_seeds")
+BEFORE = ("width", "density", "n_seeds")
 AFTER = ("ci", "shift_octaves", "regret", "regret_percent", "loss_at_optimum")
 
 
-def columns(x: str = "lr") -> tuple[str, ...]:
-    """Return the table's columns; the optimum's is named after the swept axis: log2_lr_opt."""
-    return (*BEFORE, f"log2_{x}_opt", *AFTER)
+def columns(x: str = "lr", also: Iterable[str] = ()) -> tuple[str, ...]:
+    """Return the table's columns; the optimum's is named after the swept axis: log2_lr_opt. `also`: the entries' further axes."""
+    return ("parameterization", *also, *BEFORE, f"log2_{x}_opt", *AFTER)
 
 
 def verdict_rows(found: Sequence[Entry], text: bool = True) -> list[dict[str, Any]]:
@@ -30,6 +32,8 @@ def verdict_rows(found: Sequence[Entry], text: bool = True) -> list[dict[str, An
     if not text:
         return [
             {
+                "parameterization": entry.parameterization,
+                **entry.also,
                 **{name: getattr(entry, name) for name in BEFORE},
                 name_of_optimum: entry.log2_opt,
                 **{name: getattr(entry, name) for name in AFTER},
@@ -45,6 +49,7 @@ def verdict_rows(found: Sequence[Entry], text: bool = True) -> list[dict[str, An
     return [
         {
             "parameterization": title(entry.parameterization),
+            **{axis: title(plain_text(rounded(value))) for axis, value in entry.also.items()},
             "width": entry.width,
             "density": f"{entry.density:g}",
             "n_seeds": entry.n_seeds,

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from supar_sweep.errors import ConfigError
 from supar_sweep.sweep.files import write_file
 
-from .basins import BasinSet, Line, Panel
+from .basins import BasinSet, Line, Panel, told_apart
 from .fit import Interval, Side
+from .frames import parsed, rounded, text
 from .pairing import correlation, shared_part
 
 MAX_SHIFT_OCTAVES = 0.5
@@ -64,7 +65,7 @@ class Entry:
     """One line of a figure of basins.
 
     The fields are those of verdict.json, where `log2_opt` and `proposed_log2` carry the name of the swept axis `x`
-    (log2_lr_opt, proposed_log2_lrs).
+    (log2_lr_opt, proposed_log2_lrs), and the further axes `also` stand under their own names.
     """
 
     x: str
@@ -94,6 +95,8 @@ class Entry:
     reason: str
     reference_density: float | None
     is_reference: bool
+    also: Mapping[str, Any] = field(default_factory=dict)
+    """Further axes that the figures tell apart, a method of changing masks, say: a verdict is about one value of each."""
 
     @property
     def shift(self) -> Shift:
@@ -108,11 +111,19 @@ class Entry:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a parameterization's dense optimum transfers, and what decided it."""
+    """Whether a parameterization's dense optimum transfers, and what decided it. `also`: as in `Entry`."""
 
     parameterization: str
     answer: Answer
     reason: str
+    also: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What the verdict is about: supar; supar, method=rigl."""
+        return ", ".join(
+            [self.parameterization, *(f"{axis}={text(rounded(value))}" for axis, value in self.also.items())]
+        )
 
 
 def shift(panel: Panel, line: Line) -> Shift:
@@ -178,13 +189,19 @@ def entries(sets: Sequence[BasinSet]) -> list[Entry]:
     Raises:
         ConfigError: a line of which parameterization, width, density or depth is not one value.
     """
-    return [_entry(basins, panel, line) for basins in sets for panel in basins.panels for line in panel.lines]
+    found = []
+    for basins in sets:
+        apart = told_apart(basins, sets)
+        for panel in basins.panels:
+            placed = {axis: parsed(shown) for axis, shown in basins.place(panel).items()}
+            further = {axis: value for axis, value in {**apart, **placed}.items() if axis not in GROUP}
+            found += [_entry(basins, panel, line, further) for line in panel.lines]
+    return found
 
 
 def _group(basins: BasinSet, panel: Panel, line: Line) -> dict[str, Any]:
     """Return the one value of each axis that the line has."""
-    named = {} if basins.col is None else {basins.col: panel.col}
-    known = {**basins.fixed, **named, **line.tied, basins.hue: line.hue}
+    known = {**basins.fixed, **basins.place(panel), **line.tied, basins.hue: line.hue}
     for axis in GROUP:
         if axis not in known:
             raise ConfigError(f"where.{axis}", "a verdict is about lines that have one value of it", allowed=GROUP)
@@ -196,7 +213,7 @@ def _group(basins: BasinSet, panel: Panel, line: Line) -> dict[str, Any]:
     }
 
 
-def _entry(basins: BasinSet, panel: Panel, line: Line) -> Entry:
+def _entry(basins: BasinSet, panel: Panel, line: Line, also: Mapping[str, Any]) -> Entry:
     best = line.optimum
     moved = shift(panel, line)
     regret = panel.regret(line)
@@ -231,22 +248,29 @@ def _entry(basins: BasinSet, panel: Panel, line: Line) -> Entry:
         reason="; ".join(dict.fromkeys(part for part in (best.reason, regret.reason) if part)),
         reference_density=None if reference is None else reference["density"],
         is_reference=line.hue == panel.reference_hue,
+        also=also,
     )
 
 
 def verdicts(found: Sequence[Entry]) -> list[Verdict]:
-    """Return the verdict of each parameterization, by `RULE`."""
-    names = dict.fromkeys(entry.parameterization for entry in found)
-    return [_verdict(name, [entry for entry in found if entry.parameterization == name]) for name in names]
+    """Return the verdict of each parameterization, one for each value of further axes that the figures tell apart, by `RULE`."""
+    together: dict[tuple[Any, ...], list[Entry]] = {}
+    for entry in found:
+        together.setdefault((entry.parameterization, *map(str, entry.also.items())), []).append(entry)
+    return [
+        Verdict(each[0].parameterization, *_answer([e for e in each if not e.is_reference]), each[0].also)
+        for each in together.values()
+    ]
 
 
-def _verdict(name: str, found: Sequence[Entry]) -> Verdict:
-    compared = [e for e in found if not e.is_reference and e.reference_density is not None]
+def _answer(others: Sequence[Entry]) -> tuple[Answer, str]:
+    """Return the answer about lines that are not the reference, and what decided it."""
+    compared = [entry for entry in others if entry.reference_density is not None]
     if not compared:
-        return Verdict(name, "undecided", "there is no line to compare with a dense one")
+        return "undecided", "there is no line to compare with a dense one"
     outside = [_at(entry) + f" shifts by {shift_text(entry)}" for entry in compared if entry.shift.outside]
     if outside:
-        return Verdict(name, "does not transfer", "; ".join(outside))
+        return "does not transfer", "; ".join(outside)
     open_ = []
     for entry in compared:
         if not entry.shift.inside:
@@ -256,10 +280,10 @@ def _verdict(name: str, found: Sequence[Entry]) -> Verdict:
         elif entry.regret_percent_upper >= MAX_REGRET_PERCENT:
             open_.append(f"{_at(entry)}: regret up to {entry.regret_percent_upper:.2f}%")
     if open_:
-        return Verdict(name, "undecided", "; ".join(open_))
+        return "undecided", "; ".join(open_)
     most = max(abs(end) for entry in compared for end in entry.shift_ci or ())
     cost = max(entry.regret_percent_upper or 0.0 for entry in compared)
-    return Verdict(name, "transfers", f"every shift within {most:.2f} octaves, every regret below {cost:.2f}%")
+    return "transfers", f"every shift within {most:.2f} octaves, every regret below {cost:.2f}%"
 
 
 def _at(entry: Entry) -> str:
@@ -293,7 +317,7 @@ def proposals(found: Sequence[Entry], budget: int | None = None) -> list[dict[st
     if budget is not None and budget < 0:
         raise ConfigError("budget", "out of range", value=budget, allowed=">= 0")
     wanted = [
-        {**{axis: getattr(entry, axis) for axis in GROUP}, entry.x: 2.0 ** entry.proposed_log2[rank]}
+        {**{axis: getattr(entry, axis) for axis in GROUP}, **entry.also, entry.x: 2.0 ** entry.proposed_log2[rank]}
         for rank in range(max((len(entry.proposed_log2) for entry in found), default=0))
         for entry in found
         if rank < len(entry.proposed_log2)
@@ -304,9 +328,9 @@ def proposals(found: Sequence[Entry], budget: int | None = None) -> list[dict[st
 def plain(entry: Entry) -> dict[str, Any]:
     """Return the entry as verdict.json holds it."""
     fields = asdict(entry)
-    x = fields.pop("x")
+    x, also = fields.pop("x"), fields.pop("also")
     names = {"log2_opt": f"log2_{x}_opt", "proposed_log2": f"proposed_log2_{x}s"}
-    return {"swept": x, **{names.get(name, name): value for name, value in fields.items()}}
+    return {"swept": x, **also, **{names.get(name, name): value for name, value in fields.items()}}
 
 
 def write(
@@ -318,12 +342,12 @@ def write(
 ) -> list[Path]:
     """Write verdict.json (a list of the entries) and summary.json into `folder`; return both paths.
 
-    summary.json holds the rule, a verdict per parameterization, the proposed points and the statements. null, never
-    NaN. `prefix` stands before both names; `scaling` (scaling.summary) stands beside the verdicts, where it was made.
+    summary.json holds the rule, the verdicts by name, the proposed points and the statements. null, never NaN. `prefix`
+    stands before both names; `scaling` (scaling.summary) stands beside the verdicts, where it was made.
     """
     summary = {
         "rule": RULE,
-        "verdicts": {v.parameterization: {"verdict": v.answer, "reason": v.reason} for v in verdicts(found)},
+        "verdicts": {v.name: {"verdict": v.answer, "reason": v.reason} for v in verdicts(found)},
         "proposed": proposals(found),
         "statements": list(statements),
         **({} if scaling is None else {"scaling": scaling}),

@@ -75,6 +75,8 @@ def test_a_second_call_trains_nothing_and_plot_draws_the_same(here: Path, capsys
         (["check.densities=[1,2]"], "density: out of range"),
         (["check.parameterizations=[mop]"], "did you mean 'mup'?"),
         (["train.target=a.b"], "train.target"),
+        (["sparsity=rigl"], "sparsity.method: has no effect on a coordinate check"),
+        (["sparsity=gmp", "density=0.5", "check.densities=[]"], "(got 'gmp'); allowed: static"),
     ],
 )
 def test_wrong_requests_are_refused(

@@ -41,6 +41,7 @@ def hydra_words(word: str, does: str, words: Sequence[str]) -> list[str]:
     - `hparams=path/to/best.yaml` loads a file, where Hydra knows groups only;
     - `experiment.axes.lr=[...]` adds the axis or replaces it, where Hydra would merge or refuse;
       so do `study.space={...}`, `where.density=0.25` and `launcher.sbatch.exclude=n7`;
+    - `reproduce fig6` is `reproduce experiment=fig6`;
     - the paths of `export` are quoted: a cell's folder has a ^ in its name, which Hydra cannot read.
 
     Args:
@@ -61,6 +62,8 @@ def hydra_words(word: str, does: str, words: Sequence[str]) -> list[str]:
             told.append(f"hparams_file={_quoted(value)}")
         elif word == "export" and key in ("checkpoint", "to") and value not in ("", "null"):
             told.append(f"{key}={_quoted(value)}")
+        elif word == "reproduce" and not equals and each.isidentifier():
+            told.append(f"experiment={each}")
         elif match := _REPLACED.fullmatch(each):
             told += [f"++{match[1]}=null", f"++{match[1]}={match[2]}"]
         else:
@@ -102,7 +105,9 @@ def from_hydra(word: str, task: Callable[[Settings], int]) -> int:
         nonlocal entered
         entered = True
         try:
-            settings = Settings.read(word, config, tuple(HydraConfig.get().overrides.task))
+            chosen = HydraConfig.get()
+            own = tuple(each.path for each in chosen.runtime.config_sources if each.provider == "command-line")
+            settings = Settings.read(word, config, tuple(chosen.overrides.task), own)
             codes.append(task(settings))
         except (SuparError, OSError, OmegaConfBaseException) as error:
             stopped.append(error)  # Hydra would print "Error executing job" above it
@@ -226,18 +231,23 @@ def known_keys(word: str) -> list[str]:
     return list(walk(config, ""))
 
 
-def compose(word: str, overrides: Sequence[str] = (), *, folder: Path | None = None) -> Any:
+def compose(
+    word: str, overrides: Sequence[str] = (), *, folder: Path | None = None, folders: Sequence[str] = ()
+) -> Any:
     """Return a command's composed config without running it (a DictConfig).
 
     Args:
         word: the command.
         overrides: Hydra overrides.
         folder: of the groups; default: the shipped ones.
+        folders: the user's own, which win over those.
     """
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
     register_resolvers()
     GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(folder or conf_dir()), version_base="1.3"):
-        return hydra.compose(word, overrides=list(overrides))
+    first, *rest = [*folders, str(folder or conf_dir())]
+    beside = [f"hydra.searchpath=[{','.join(_quoted(f'file://{each}') for each in rest)}]"] if rest else []
+    with hydra.initialize_config_dir(first, version_base="1.3"):
+        return hydra.compose(word, overrides=[*overrides, *beside])

@@ -54,6 +54,8 @@ def coord_check(settings: Settings) -> int:
     """Train what is not there yet, draw, print the tests; return 0, whatever they say."""
     config = check_config(settings)
     _refuse_idle(settings)
+    if settings.plain.get("experiment") and settings.drawn().get("figure") != "coord_check":
+        raise ConfigError("experiment", f"{settings.experiment} is a grid, not a coordinate check", allowed="run, plot")
     draw(_records(settings, config), config, config.folder(settings), settings.format)
     return 0
 
@@ -125,7 +127,7 @@ def _rounded(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_idle(settings: Settings) -> None:
-    """Raise ConfigError for a typed setting that the check would not read."""
+    """Raise ConfigError for a setting that the check would not read, or cannot check."""
     swept = {"parameterization": "check.parameterizations", "seed": "check.seeds"}
     for key in settings.given():
         section = key.partition(".")[0]
@@ -141,6 +143,7 @@ def _refuse_idle(settings: Settings) -> None:
     target = settings.plain["train"].get("target")
     if target is not None:
         raise ConfigError("train.target", "cannot be watched: the sites are the GPT's", value=target, allowed="null")
+    settings.cell().sparsity.check_coordinates()
 
 
 def _records(settings: Settings, config: CheckConfig) -> list[dict[str, Any]]:

@@ -316,7 +316,7 @@ def _group_by(settings: Settings, frozen: Plan) -> Sequence[str]:
 
 def note_unread(settings: Settings) -> None:
     """Say which of the user's settings play no part, because `run` has frozen the grid."""
-    read = ("experiment", "experiment.name", "runs_dir", "format", "by")
+    read = ("experiment", "experiment.name", "scale", "runs_dir", "format", "by")
     idle = [key for key in settings.given() if key not in read and key.partition(".")[0] not in FIGURE]
     if idle:
         say(

@@ -34,6 +34,7 @@ class Command:
 
 COMMANDS = {
     "quickstart": Command("quickstart", "tune, transfer, sweep and draw on this machine's CPU, in minutes"),
+    "reproduce": Command("reproduce", "tune, sweep, draw and report a figure of the paper: reproduce fig6 scale=cpu"),
     "tune": Command("tune", "find the base hyperparameters on a small dense proxy"),
     "transfer": Command("transfer", "remap base hyperparameters to a target's width, density and depth"),
     "rules": Command("rules", "show the rule table, or what each parameter of a model gets"),

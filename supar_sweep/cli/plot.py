@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +32,24 @@ class Kind:
     x: str | None
     hue: str | None
     col: str | None
-    reads: tuple[str, ...] = FIGURE
+    reads: tuple[str, ...]
 
 
+_ONE_ROW = tuple(key for key in FIGURE if key != "row")
 KINDS = {
-    "lr_basins": Kind("lr", "density", "parameterization"),
-    "init_basins": Kind("init_std", "density", "parameterization"),
-    "pareto": Kind("density", "parameterization", None),
-    "heatmap": Kind("density", "width", "parameterization", tuple(key for key in FIGURE if key != "reference")),
+    "lr_basins": Kind("lr", "density", "parameterization", FIGURE),
+    "init_basins": Kind("init_std", "density", "parameterization", FIGURE),
+    "pareto": Kind("density", "parameterization", None, _ONE_ROW),
+    "heatmap": Kind("density", "width", "parameterization", tuple(key for key in _ONE_ROW if key != "reference")),
+    "lr_exponent": Kind("dynamic_lr_exponent", "method", None, ("figure", "x", "hue", "where", "metric", "reference")),
     "scaling": Kind(None, None, "parameterization", ("figure", "col", "where", "metric")),
     "loss_curves": Kind("tokens", "density", "parameterization", ("figure", "x", "hue", "col", "where")),
     "study": Kind(None, None, None, ("figure", "study")),
     "coord_check": Kind(None, None, None, ("figure", "check")),
 }
 NO_PANELS = "none"
+NO_GRID = ("study", "coord_check")
+"""Figures of other records than a grid's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +70,7 @@ class PlotConfig(MetricConfig):
     x: str | None = setting("axis")
     hue: str | None = setting("axis of the lines")
     col: str | None = setting("axis of the panels")
+    row: str | None = setting("axis of the rows of panels")
     where: Mapping[str, Any] = setting("axis -> the value that is drawn")
     reference: float | None = setting("value of hue (pareto: of x) whose optimum is transferred")
 
@@ -80,9 +85,20 @@ def plot(settings: Settings) -> int:
         check = check_config(settings)
         draw_check(read_rows(settings, check), check, check.folder(settings), settings.format)
         return 0
+    note_unread(settings)
+    draw_grid(settings, config)
+    return 0
+
+
+def draw_grid(settings: Settings, config: PlotConfig) -> None:
+    """Draw a figure of the grid's records, print its data, or for basins the verdict.
+
+    Args:
+        settings: the experiment.
+        config: what is drawn of it: neither study nor coord_check, which are drawn of other records.
+    """
     experiment = experiment_of(settings)
     frozen = experiment.plan()
-    note_unread(settings)
     records = grid_rows(experiment, frozen)
     axes = _axes(config)
     stem = experiment.folder / _stem(config)
@@ -91,26 +107,23 @@ def plot(settings: Settings) -> int:
             records, experiment.folder, config.metric, axes, stem.name, config.where, config.reference
         )
         emit_verdict(entries, settings.format)
-        return 0
+        return
     table = room("analysis.frames").frame(records)
     module = room(f"analysis.{config.figure}")
     keywords: dict[str, Any] = {**axes, "fixed": config.where}
-    if config.figure == "scaling":
-        keywords = {"col": axes["col"], "fixed": config.where}
     if config.figure == "loss_curves":
         table = room("analysis.frames").where(table, config.where)
         cells = folders(experiment.store, frozen)
         table["curve"] = [cells[this].metrics() for this in table["cell_id"]]
     else:
         keywords["metric"] = config.metric
-    if config.figure == "pareto":
+    if "reference" in KINDS[config.figure].reads:
         keywords["reference"] = config.reference
     found = getattr(module, config.figure)(table, **keywords)
     data = module.data_rows(found)
     written = module.save(module.draw(found), found, stem)
     emit(data, format=settings.format)
     say_written(written)
-    return 0
 
 
 def figure_config(settings: Settings) -> PlotConfig:
@@ -139,6 +152,21 @@ def grid_rows(experiment: Experiment, frozen: Plan) -> list[dict[str, Any]]:
     """
     live = live_hidden_weights(frozen)
     return [{**row, "live_parameters": live[row["cell_id"]]} for row in rows(experiment, frozen)]
+
+
+def own_figure(settings: Settings) -> Any:
+    """Return the figure that is asked for, or that the experiment names, as `report` takes it (report_figures.Own), else None.
+
+    Raises:
+        ConfigError: a figure that is not of a grid's records.
+    """
+    if not settings.drawn() and not settings.given(*FIGURE):
+        return None
+    config = figure_config(settings)
+    if config.figure in NO_GRID:
+        grids = [kind for kind in KINDS if kind not in NO_GRID]
+        raise ConfigError("figure", "is not of a grid, and a report is", value=config.figure, allowed=grids)
+    return room("analysis.report_figures").Own(config.figure, _axes(config), config.where, config.reference)
 
 
 def live_hidden_weights(frozen: Plan) -> dict[str, int]:
@@ -175,7 +203,7 @@ def draw_basins(
         records: of `grid_rows`.
         folder: the experiment's.
         metric: train_loss or val_loss.
-        axes: x, hue, col; default: lr over density, a panel a parameterization.
+        axes: x, hue, col, row; default: lr over density, a panel a parameterization.
         name: of the files; the verdict's are verdict.json and summary.json for lr_basins, else <name>-verdict.json.
         where: axis -> the value that is drawn.
         reference: hue whose optimum is transferred; None = the usual one.
@@ -189,7 +217,7 @@ def draw_basins(
         written += figure.save(figure.draw(each), each, folder / (name + _of_part(basins.told_apart(each, sets))))
     entries: list[Any] = verdict.entries(sets)
     whole = name == "lr_basins"
-    claims = statements.quickstart_statements(entries) if whole else []
+    claims = statements.quickstart_statements(entries) if whole and statements.can_be_asked(entries) else []
     fits = room("analysis.scaling").summary(table, metric, where)
     written += verdict.write(entries, folder, [claim.as_dict() for claim in claims], "" if whole else f"{name}-", fits)
     say_verdicts(verdict.verdicts(entries))
@@ -210,7 +238,7 @@ def emit_verdict(entries: list[Any], format: str) -> None:
 def say_verdicts(verdicts: Iterable[Any]) -> None:
     """Write each parameterization's verdict to stderr."""
     for verdict in verdicts:
-        say(f"{verdict.parameterization}: {verdict.answer} ({verdict.reason})")
+        say(f"{verdict.name}: {verdict.answer} ({verdict.reason})")
 
 
 def _of_part(apart: Mapping[str, Any]) -> str:
@@ -223,15 +251,19 @@ def _number(value: Any) -> bool:
 
 
 def _axes(config: PlotConfig) -> dict[str, str | None]:
+    """Return the figure's axes, those that it reads."""
     own = KINDS[config.figure]
     col = own.col if config.col is None else None if config.col == NO_PANELS else config.col
-    return {"x": config.x or own.x, "hue": config.hue or own.hue, "col": col}
+    row = None if config.row == NO_PANELS else config.row
+    axes = {"x": config.x or own.x, "hue": config.hue or own.hue, "col": col, "row": row}
+    return {key: axis for key, axis in axes.items() if key in own.reads}
 
 
 def _stem(config: PlotConfig) -> str:
     """Return the file's name: the figure's, with the axes and values that are not its own."""
-    own, axes = KINDS[config.figure], _axes(config)
-    parts = [f"{key}-{axes[key] or NO_PANELS}" for key in ("x", "hue", "col") if axes[key] != getattr(own, key)]
+    axes = _axes(config)
+    own = _axes(replace(config, x=None, hue=None, col=None, row=None))
+    parts = [f"{key}-{axes[key] or NO_PANELS}" for key in axes if axes[key] != own[key]]
     parts += [f"{axis}{value:g}" if _number(value) else f"{axis}-{value}" for axis, value in config.where.items()]
     parts += (
         [config.metric] if config.metric != "train_loss" and config.figure not in ("lr_basins", "loss_curves") else []

@@ -11,7 +11,7 @@ from typing import Any
 from supar_sweep.cli.grid import note_unread
 from supar_sweep.cli.launch import experiment_of
 from supar_sweep.cli.output import say_written
-from supar_sweep.cli.plot import emit_verdict, grid_rows, metric_of, say_verdicts
+from supar_sweep.cli.plot import emit_verdict, grid_rows, metric_of, own_figure, say_verdicts
 from supar_sweep.cli.rooms import room
 from supar_sweep.cli.settings import Settings
 from supar_sweep.errors import RecordError
@@ -29,11 +29,11 @@ READ = ("end", "flops", "train_s", "wall_s", "device", "device_name", "versions"
 
 def report(settings: Settings) -> int:
     """Write the report into the experiment's folder, print the verdict's table; return 0."""
-    metric = metric_of(settings)
+    metric, own = metric_of(settings), own_figure(settings)
     experiment = experiment_of(settings)
     frozen = experiment.plan()
     note_unread(settings)
-    found, path = write_report(experiment, frozen, metric)
+    found, path = write_report(experiment, frozen, metric, own)
     if found.entries:
         emit_verdict(list(found.entries), settings.format)
     say_verdicts(found.verdicts)
@@ -41,12 +41,13 @@ def report(settings: Settings) -> int:
     return 0
 
 
-def write_report(experiment: Experiment, frozen: Plan, metric: str) -> tuple[Any, Path]:
+def write_report(experiment: Experiment, frozen: Plan, metric: str, own: Any = None) -> tuple[Any, Path]:
     """Return the report (analysis.report.Report) and where its page was written.
 
     Args:
         experiment: the grid's place. frozen: its plan.
         metric: train_loss or val_loss.
+        own: the figure that the experiment names (plot.own_figure); None = it names none.
 
     Raises:
         ConfigError: no cell is complete.
@@ -68,6 +69,7 @@ def write_report(experiment: Experiment, frozen: Plan, metric: str) -> tuple[Any
             argv=list(sys.argv),
             made=time.strftime("%Y-%m-%d %H:%M %z"),
             version=versions()["supar_sweep"],
+            own=own,
         )
     )
     page = room("analysis.report_page").html(found)

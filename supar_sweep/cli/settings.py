@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from supar_sweep.cli.idle import refuse_compact, refuse_idle_masks, refuse_swept
-from supar_sweep.config.decode import decode
+from supar_sweep.config.decode import decode, encode
 from supar_sweep.config.schema import CellConfig, RuntimeConfig
 from supar_sweep.config.study import StudyConfig
 from supar_sweep.errors import ConfigError
@@ -31,23 +31,35 @@ class Settings:
         plain: the config as dicts, lists, scalars; interpolations resolved, hparams_file merged in.
         overrides: what the user typed, as Hydra lists it.
         winner: what hparams_file holds, with its lineage; None where none is given.
+        folders: of the user's own groups.
+        config: what `plain` was resolved from (a DictConfig).
     """
 
     command: str
     plain: Mapping[str, Any]
     overrides: tuple[str, ...] = ()
     winner: Winner | None = None
+    folders: tuple[str, ...] = ()
+    config: Any = field(default=None, repr=False, compare=False)
 
     @staticmethod
-    def read(command: str, config: DictConfig, overrides: tuple[str, ...] = ()) -> Settings:
+    def read(
+        command: str, config: DictConfig, overrides: tuple[str, ...] = (), folders: tuple[str, ...] = ()
+    ) -> Settings:
         """Return the settings of a composed config.
 
         Raises:
-            ConfigError: an unknown key or format, an hparams_file that cannot be read.
+            ConfigError: an unknown key, format or scale, an hparams_file that cannot be read.
         """
         from omegaconf import OmegaConf
 
-        _check_scale(command, config, overrides)
+        _check_scale(config, overrides)
+        _check_path("hparams_file", config.get("hparams_file"), missing=True)
+        winner = None
+        if config.get("hparams_file") is not None:
+            winner = load_winner(Path(config.hparams_file))
+            # before anything is resolved, so that a setting that refers to a hyperparameter gets the file's
+            config = _with_hparams(config, winner, overrides)
         plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         added = [text.lstrip("+").partition("=")[0] for text in overrides if text.startswith("+")]
         added_tops = {key.partition(".")[0].partition("@")[0] for key in added}
@@ -56,17 +68,21 @@ class Settings:
             # a file of settings may serve several commands; what is typed is meant for this one
             if top in plain and top not in (own if top in added_tops else (*CELL_KEYS, *SECTIONS)):
                 raise ConfigError(top, f"unknown key for {command}", allowed=own, nearest_to=top)
-        for name, missing in (("runs_dir", False), ("hparams_file", True)):
-            if not (isinstance(plain.get(name), str) or (missing and plain.get(name) is None)):
-                raise ConfigError(name, "must be a path", value=plain.get(name))
+        _check_path("runs_dir", plain.get("runs_dir"))
         allowed = (*FORMATS, *FURTHER_FORMATS.get(command, ()))
         if plain["format"] not in allowed:
             raise ConfigError("format", f"no such format of {command}", value=plain["format"], allowed=allowed)
-        winner = None
-        if plain.get("hparams_file") is not None:
-            winner = load_winner(Path(plain["hparams_file"]))
-            plain = _with_hparams(plain, winner, overrides)
-        return Settings(command, plain, overrides, winner)
+        return Settings(command, plain, overrides, winner, folders, config)
+
+    def tuned(self, winner: Winner) -> Settings:
+        """Return the settings with a study's hyperparameters in place of their own, typed ones too: those began its search."""
+        from omegaconf import OmegaConf
+
+        config = self.config.copy()
+        OmegaConf.update(config, "hparams", encode(winner.hparams), merge=False)
+        OmegaConf.update(config, "base", encode(winner.base), merge=False)
+        OmegaConf.update(config, "hparams_file", None)
+        return replace(Settings.read(self.command, config, self.overrides, self.folders), winner=winner)
 
     @property
     def format(self) -> str:
@@ -142,11 +158,12 @@ class Settings:
 OUTPUT = ("hparams_file", "tuned_at", "runs_dir", "format")
 _SCALE = ("scale", "scales")
 _GRID = ("experiment", "launcher", "runtime", *_SCALE)
-FIGURE = ("figure", "x", "hue", "col", "where", "metric", "reference")
+FIGURE = ("figure", "x", "hue", "col", "row", "where", "metric", "reference")
 """What says which figure `plot` draws."""
 
 READS = {
-    "quickstart": (*_GRID, "study", "metric"),
+    "quickstart": (*_GRID, *FIGURE, "study"),
+    "reproduce": (*_GRID, *FIGURE, "study", "check"),
     "tune": ("launcher", "runtime", "study", "scale"),
     "transfer": ("target",),
     "rules": ("show",),
@@ -155,7 +172,7 @@ READS = {
     "status": (*_GRID, "by"),
     "cancel": _GRID,
     "plot": (*_GRID, *FIGURE, "study", "check"),
-    "report": (*_GRID, "metric"),
+    "report": (*_GRID, *FIGURE),
     "export": ("checkpoint", "to"),
     "coord-check": ("runtime", "check", "experiment", *_SCALE),
 }
@@ -168,15 +185,21 @@ FURTHER_FORMATS = {"transfer": ("yaml",), "rules": ("markdown",)}
 """Formats that a command has besides those of every table."""
 
 
-def _check_scale(command: str, config: DictConfig, overrides: tuple[str, ...]) -> None:
+def _check_path(name: str, value: Any, *, missing: bool = False) -> None:
+    if not (isinstance(value, str) or (missing and value is None)):
+        raise ConfigError(name, "must be a path", value=value)
+
+
+def _check_scale(config: DictConfig, overrides: tuple[str, ...]) -> None:
     """Raise ConfigError where a scale is missing, unknown to the experiment, or would have no effect.
 
     A row of the table `scales` is what its experiment reads of it, so this comes before the config is resolved.
     """
     scale, scales = config.get("scale"), config.get("scales")
-    name = next((value for key, _, value in (text.partition("=") for text in overrides) if key == "experiment"), None)
+    typed = dict(text.lstrip("+").split("=", 1) for text in overrides if "=" in text)
+    name = typed.get("experiment")
     if scales is None:
-        if scale is not None and name is not None:
+        if "scale" in typed and name is not None:
             problem = f"has no effect on experiment={name}, which has no table `scales`"
             raise ConfigError("scale", problem, value=scale, allowed="leave it out")
     elif scale is None:
@@ -186,21 +209,21 @@ def _check_scale(command: str, config: DictConfig, overrides: tuple[str, ...]) -
         raise ConfigError("scale", problem, value=scale, allowed=list(map(str, scales)), nearest_to=str(scale))
 
 
-def _with_hparams(plain: dict[str, Any], winner: Winner, overrides: tuple[str, ...]) -> dict[str, Any]:
+def _with_hparams(config: DictConfig, winner: Winner, overrides: tuple[str, ...]) -> DictConfig:
     """Return the config with a file's hyperparameters, and their base shape; typed values win."""
-    from supar_sweep.config.decode import encode
+    from omegaconf import OmegaConf
 
-    typed = Settings("", plain, overrides).given("hparams", "base")
+    typed = Settings("", {}, overrides).given("hparams", "base")
     if "hparams" in typed:
         raise ConfigError(
             "hparams_file",
             "and hparams=<option> both choose the hyperparameters",
-            value=plain["hparams_file"],
+            value=config.hparams_file,
             allowed="one of them",
         )
-    loaded = encode(winner.hparams)
-    for section, values in (("hparams", loaded), ("base", encode(winner.base))):
+    config = config.copy()
+    for section, values in (("hparams", encode(winner.hparams)), ("base", encode(winner.base))):
         if values is not None:
-            kept = {name: plain[section][name] for name in values if f"{section}.{name}" in typed}
-            plain = {**plain, section: {**values, **kept}}
-    return plain
+            kept = {name: config[section][name] for name in values if f"{section}.{name}" in typed}
+            OmegaConf.update(config, section, {**values, **kept}, merge=False, force_add=True)
+    return config

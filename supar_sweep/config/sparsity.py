@@ -46,6 +46,16 @@ class SparsityConfig:
                 allowed=f"0 <= start_fraction < {self.stop_fraction}",
             )
 
+    def check_coordinates(self) -> None:
+        """Raise ConfigError where masks change: what a coordinate check expects holds for masks as they were drawn."""
+        if self.method != "static":
+            raise ConfigError(
+                "sparsity.method",
+                "has no effect on a coordinate check, whose few steps keep their masks: its slopes are expected of those",
+                value=self.method,
+                allowed="static; how the best lr moves where masks change is what experiment=dynamic is for",
+            )
+
     def schedule(self, steps: int) -> MaskSchedule | None:
         """Return when the masks of a run of so many steps change; None where they do not."""
         if self.method == "static":

@@ -201,7 +201,7 @@ def _points(spec: GridSpec) -> Iterator[dict[Key, Any]]:
     loose: set[Key] = {key for tables in dependent.values() for table in tables for key in table}
     dimensions = [[{key: value} for value in values] for key, values in plain.items() if key not in loose]
     dimensions += [_zipped(entry, f"experiment.zipped[{i}]") for i, entry in enumerate(spec.zipped)]
-    _refuse_repeats(dimensions, loose)
+    _refuse_repeats(dimensions, loose.intersection(plain))
     tables = _fill(spec, dependent, plain, dimensions)
     for steps in product(*dimensions):
         point = {key: value for step in steps for key, value in step.items()}
@@ -301,7 +301,8 @@ def _fill(
             _check_legal(axis, value, taken, at)
         keys = [key for table in tables for key in table]
         filled[axis] = {}
-        idle = set(plain).intersection(keys)
+        walked = {key for dimension in dimensions for key in dimension[0]}
+        idle = walked.union(plain).intersection(keys)
         for value in taken:
             matching = [table for given, table in named.items() if _same(given, value)]
             table = matching[0] if matching else {}
@@ -312,6 +313,9 @@ def _fill(
                 elif key in plain:
                     values = plain[key]
                     idle.discard(key)
+                elif key in walked:  # the step that walks it says its value
+                    idle.discard(key)
+                    continue
                 else:
                     raise ConfigError(
                         f"{at}.{value}.{axis_name(key)}",

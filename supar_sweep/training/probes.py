@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from supar_sweep.config.schema import CellConfig
-from supar_sweep.errors import ConfigError
 from supar_sweep.training.corpus import Corpus
 from supar_sweep.training.data import batch
 from supar_sweep.training.model import GPT, build
@@ -129,15 +128,9 @@ def cell_coordinates(cell: CellConfig, corpus: Corpus, device: str) -> list[dict
         device: auto, cpu or cuda.
 
     Raises:
-        ConfigError: no such device here, or a model that does not start as the rules say.
+        ConfigError: no such device here, masks that change in training, or a model that does not start as the rules say.
     """
-    if cell.mask_schedule() is not None:
-        raise ConfigError(
-            "sparsity.method",
-            "has no effect on a coordinate check, whose few steps keep their masks",
-            value=cell.sparsity.method,
-            allowed="static",
-        )
+    cell.sparsity.check_coordinates()
     where = pick_device(device)
     torch.manual_seed(cell.seed)
     model, plans = build(cell)
