@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from supar_sweep.config.schema import CellConfig
+from supar_sweep.sweep.pace import train_s
 from supar_sweep.training.cost import flops_per_step
 
 FORMULA = (
@@ -152,12 +153,6 @@ def _shape(cell: CellConfig) -> tuple[Any, ...]:
 def run_flops(cell: CellConfig) -> float | None:
     """Return the training FLOPs of one whole run; None for a training function of the user's own."""
     return None if cell.train.target is not None else float(cell.train.steps) * flops_per_step(cell)
-
-
-def train_s(result: Mapping[str, Any]) -> float | None:
-    """Return how long the steps of a run took, over all its attempts; where that is not recorded, its last attempt."""
-    value = result.get("train_s", result.get("wall_s"))
-    return None if value is None else float(value)
 
 
 def device(result: Mapping[str, Any]) -> str:

@@ -21,18 +21,16 @@ from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 from supar_sweep.errors import RecordError
 from supar_sweep.sweep.jobs import Event, Job, folder_of
 from supar_sweep.sweep.records import End
 from supar_sweep.training.environment import LAUNCH_ENV
+from supar_sweep.training.epitaph import epitaph
 from supar_sweep.training.worker import GUARDED, RUN_CELLS
 
-from .state import describe_exit
-
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-LAST_WORDS_CHARS = 200
 LEAVE_S = 10.0
 """How long a worker that has hung up may take to end: a thread or a driver may keep it for ever."""
 
@@ -95,9 +93,13 @@ class LocalLauncher:
         """Return {}: nothing outlives a pool."""
         return {}
 
+    def waiting(self) -> set[str]:
+        """Return the cells that no worker has."""
+        return {job["cell_id"] for group in self._queue for job in group}
+
     def withdraw(self) -> set[str]:
         """Take back the groups that no worker has, and return their cells."""
-        waiting = {job["cell_id"] for group in self._queue for job in group}
+        waiting = self.waiting()
         self._queue.clear()
         return waiting
 
@@ -243,7 +245,8 @@ class _Worker:
         self._busy = True
         with contextlib.suppress(OSError):
             self._job_log_bytes = self.log.stat().st_size
-        self._say({"jobs": [dict(job) for job in jobs]})
+        log = {"worker_log": self.log.name}
+        self._say({"jobs": [{**job, "provenance": {**job["provenance"], **log}} for job in jobs]})
 
     def stop(self) -> None:
         if not self._stopping:
@@ -312,11 +315,7 @@ class _Worker:
         """Return how it died, with the last line that it printed while at this job and where to
         read the rest.
         """
-        text = describe_exit(self.process.returncode)
-        with contextlib.suppress(OSError), self.log.open("rb") as log:
-            if last := _last_line(log, self._job_log_bytes):
-                text += f"; its last words: {last} (all of them: {self.log})"
-        return text
+        return epitaph(self.process.returncode, self.log, self._job_log_bytes)
 
 
 def search_path() -> str:
@@ -325,10 +324,3 @@ def search_path() -> str:
     """
     own = sysconfig.get_path("stdlib")  # another Python, started by a user's code, has its own
     return os.pathsep.join(os.path.abspath(entry) for entry in sys.path if not entry.startswith(own))
-
-
-def _last_line(log: BinaryIO, since_bytes: int) -> str:
-    log.seek(0, os.SEEK_END)
-    log.seek(max(since_bytes, log.tell() - 4096))
-    lines = log.read().decode(errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")[:LAST_WORDS_CHARS]

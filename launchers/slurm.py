@@ -9,26 +9,29 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from supar_sweep.errors import RecordError
-from supar_sweep.sweep.arrays import ArrayFolder, OwnRecord, is_of, own_record
+from supar_sweep.sweep.arrays import ArrayFolder, Group, OwnRecord, is_of, own_record
+from supar_sweep.sweep.code import freeze_code
 from supar_sweep.sweep.files import write_file
 from supar_sweep.sweep.jobs import Event, Job, folder_of
 from supar_sweep.sweep.records import CellFolder, End
+from supar_sweep.training.epitaph import LAST_WORDS_CHARS
 from supar_sweep.training.slurm_job import SETTLED
 from supar_sweep.training.worker import RUN_CELLS
 
-from .local import LAST_WORDS_CHARS
+from .slurm_arrays import Batch, Size, batches, parts
 from .slurm_config import SlurmConfig
 from .slurm_follow import Queued, in_queue
 from .slurm_queue import Refused, Slurm
-from .slurm_script import parallelism, submission_script
+from .slurm_script import submission_script
 from .state import Report, Verdict, judge, live_state, words_of_its_own
 
 TICK_S = 0.2
@@ -44,27 +47,39 @@ class SlurmLauncher:
 
     Args:
         config: conf/launcher/slurm.yaml.
-        threads: threads of each process, >= 1.
-        folder: of the arrays' files, on a file system that the nodes share.
+        threads: threads of each process, >= 1; None = its share of the element's cores.
+        folder: of the arrays' files, in the runs folder, on a file system that the nodes share.
         function: what an element calls with its group, "module:name".
+        size: of a job's cell, for those that ask for more.
 
     Raises:
         ConfigError: no SLURM here, or an option that its sbatch does not have.
         SuparError: its controller does not answer.
+        RecordError: the runs folder does not take a copy of the code.
     """
 
     name = "slurm"
 
-    def __init__(self, config: SlurmConfig, *, threads: int, folder: Path, function: str = RUN_CELLS) -> None:
+    def __init__(
+        self,
+        config: SlurmConfig,
+        *,
+        threads: int | None,
+        folder: Path,
+        function: str = RUN_CELLS,
+        size: Callable[[Job], Size] = lambda job: Size(),
+    ) -> None:
         self._slurm = Slurm()
         if config.sbatch:
             config.check_options(self._slurm.options())
         self._max_array_size = self._slurm.max_array_size()
-        self._config, self._threads, self._function = config, threads, function
+        self._config, self._threads, self._function, self._size = config, threads, function, size
         self._folder = folder.absolute()
-        self.slots, self.processes = config.max_elements, config.array_parallelism
-        self._gathered: list[list[Job]] = []
-        self._batches: list[_Batch] = []
+        self._code = freeze_code(self._folder.parent / "code")
+        self.slots = config.max_elements * config.processes
+        self.processes = config.array_parallelism * config.processes
+        self._gathered: list[Group] = []
+        self._batches: list[Batch] = []
         self._elements: dict[str, _Element] = {}
         self._left_over: dict[str, Queued] = {}
         self._events: list[Event] = []
@@ -95,6 +110,11 @@ class SlurmLauncher:
                 found, self._events = self._events, []
                 return found
             time.sleep(min(TICK_S, deadline_s - now_s))
+
+    def waiting(self) -> set[str]:
+        """Return the cells that had not begun at the last look."""
+        queued = (element.waiting for element in self._elements.values() if not element.begun)
+        return {job["cell_id"] for job in self._not_submitted()}.union(*queued)
 
     def withdraw(self) -> set[str]:
         """Take back what has not begun, and return its cells. What is not known to be gone is told by a later call: what was just
@@ -146,17 +166,20 @@ class SlurmLauncher:
     def flush(self) -> set[str]:
         """Submit what was gathered, and return the cells that the queue does not take now."""
         self._submit_gathered()
-        return {job["cell_id"] for batch in self._batches for group in batch.groups for job in group}
+        return {job["cell_id"] for batch in self._batches for job in batch.jobs}
 
     def _kept_back(self) -> list[Job]:
         """Drop what is not in the queue yet, and return it."""
-        kept_back = [*self._gathered, *(group for batch in self._batches for group in batch.groups)]
+        kept_back = self._not_submitted()
         for batch in self._batches:
             if batch.array is not None:  # sbatch did not answer: it may be there all the same
                 self._slurm.cancel_name(batch.array.job_name)
         self._gathered.clear()
         self._batches.clear()
-        return [job for group in kept_back for job in group]
+        return kept_back
+
+    def _not_submitted(self) -> list[Job]:
+        return [*chain.from_iterable(self._gathered), *(job for batch in self._batches for job in batch.jobs)]
 
     # -- submission --------------------------------------------------------------------------------
 
@@ -165,11 +188,14 @@ class SlurmLauncher:
         where it is full or its controller away.
         """
         if self._gathered:
-            groups, self._gathered = self._gathered, []
-            size = self._max_array_size
-            chunks = [groups[start : start + size] for start in range(0, len(groups), size)]
-            shares = parallelism([len(chunk) for chunk in chunks], self._config.array_parallelism)
-            self._batches += [_Batch(chunk, share) for chunk, share in zip(chunks, shares, strict=True)]
+            self._batches += batches(
+                self._gathered,
+                self._config,
+                size=self._size,
+                threads=self._threads,
+                max_array_size=self._max_array_size,
+            )
+            self._gathered.clear()
         # an answer of sbatch's that was lost may have been a yes
         known = self._slurm.arrays() if any(batch.array for batch in self._batches) else {}
         while self._batches and known is not None:
@@ -180,45 +206,48 @@ class SlurmLauncher:
                 self._not_now(batch, refused)
                 if not refused.full and not refused.unsure:
                     continue
-                if not (refused.full and len(batch.groups) > 1):
+                if not (refused.full and len(batch.elements) > 1):
                     break
         if self._batches:
             self._submit_at_s = time.monotonic() + self._config.poll_s
 
-    def _submit_batch(self, batch: _Batch, known: Mapping[str, str]) -> None:
-        array = batch.array or ArrayFolder.new(self._folder, batch.groups)
+    def _submit_batch(self, batch: Batch, known: Mapping[str, str]) -> None:
+        array = batch.array or ArrayFolder.new(self._folder, batch.elements)
         batch.array = array
         job_id = known.get(array.job_name)
         if job_id is None:
             script = array.path / "submission.sh"
             text = submission_script(
-                self._config,
+                batch.config,
                 array,
-                n=len(batch.groups),
+                n=len(batch.elements),
                 at_once=batch.at_once,
-                threads=self._threads,
+                threads=self._threads or batch.config.threads,
                 function=self._function,
+                code=self._code,
             )
             write_file(script, text)
             job_id = self._slurm.sbatch(script)
         array.note_submitted(job_id)
-        for index, group in enumerate(batch.groups):
-            self._elements[f"{job_id}_{index}"] = _Element(array, _folders(group))
+        for index, groups in enumerate(batch.elements):
+            folders = {job["cell_id"]: folder_of(job) for job in chain.from_iterable(groups)}
+            self._elements[f"{job_id}_{index}"] = _Element(array, folders)
 
-    def _not_now(self, batch: _Batch, refused: Refused) -> None:
+    def _not_now(self, batch: Batch, refused: Refused) -> None:
         """Take back what sbatch refused: for later, in two halves where the queue is full, for good otherwise."""
         if refused.unsure:
             self._batches.insert(0, batch)
             return
         if batch.array is not None:
             shutil.rmtree(batch.array.path, ignore_errors=True)
-        half = (len(batch.groups) + 1) // 2
-        halves = [_Batch(groups, batch.at_once) for groups in (batch.groups[:half], batch.groups[half:]) if groups]
+        halves = [
+            replace(batch, elements=some, array=None) for some in parts(batch.elements, -(-len(batch.elements) // 2))
+        ]
         if refused.full:
             self._batches[:0] = halves
         else:
             message = f"sbatch refused: {refused}"
-            self._events += [Event(job["cell_id"], "failed", message) for group in batch.groups for job in group]
+            self._events += [Event(job["cell_id"], "failed", message) for job in batch.jobs]
 
     # -- arrays of a launcher that is gone ---------------------------------------------------------
 
@@ -320,21 +349,6 @@ ENDS: dict[str, End] = {
 
 
 @dataclass
-class _Batch:
-    """Groups that are to be one array.
-
-    Args:
-        groups: the jobs of each element.
-        at_once: how many of them may run at once.
-        array: its folder, where sbatch was asked and its answer lost.
-    """
-
-    groups: list[list[Job]]
-    at_once: int
-    array: ArrayFolder | None = None
-
-
-@dataclass
 class _Element:
     """One element that is followed.
 
@@ -355,7 +369,3 @@ class _Element:
     releases: int = 0
     begun: bool = False
     withdrawn: bool = False
-
-
-def _folders(group: Sequence[Job]) -> dict[str, CellFolder]:
-    return {job["cell_id"]: folder_of(job) for job in group}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
+from supar_sweep.config.decode import decode, encode
 from supar_sweep.config.fields import check_ranges, setting
 from supar_sweep.errors import ConfigError
 
@@ -34,6 +36,22 @@ FIXED = (
 
 
 @dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """Which cells a row of `larger` is for: those that exceed all of its bounds."""
+
+    above_gb: float = setting("memory of the training, in units of 1e9 bytes, as `plan` prints it", default=0.0, ge=0)
+    above_flops: float = setting("FLOPs of the whole training, as `plan` prints them", default=0.0, ge=0)
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+BOUNDS = tuple(item.name for item in fields(Bounds))
+OF_ALL = ("name", "wait", "array_parallelism", "max_elements", "poll_s", "grace_s", "larger")
+"""Settings of the launcher, and not of an element."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SlurmConfig:
     """conf/launcher/slurm.yaml."""
 
@@ -48,6 +66,10 @@ class SlurmConfig:
         "processes on each node that train a cell together; null = one a GPU, or one", ge=1
     )
     gpus_per_node: int | None = setting("GPUs of an element on each node; null = none asked for", ge=1)
+    processes_per_gpu: int | None = setting(
+        "processes on each GPU of an element, or on its cores, each with cells of its own; null = one for the element, or ranks",
+        ge=1,
+    )
     gpu_memory_gb: float | None = setting("memory of a GPU: how many small cells fit; null without GPUs", gt=0)
     cpus: int = setting("cores of each process", ge=1)
     mem_gb: float | None = setting("memory of an element on each node; null = the partition's default", gt=0)
@@ -59,6 +81,9 @@ class SlurmConfig:
     grace_s: float = setting("how long a file of an ended job may take to be seen here", ge=0)
     setup: tuple[str, ...] = setting("shell commands of the job, before Python starts")
     sbatch: Mapping[str, Any] = setting("any further option of sbatch, by its own name")
+    larger: tuple[Mapping[str, Any], ...] = setting(
+        "what larger cells ask for: rows of bounds, and of settings instead"
+    )
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -84,15 +109,78 @@ class SlurmConfig:
                 value=self.tasks_per_node,
                 allowed="null",
             )
+        if self.processes_per_gpu and (self.nodes > 1 or self.tasks_per_node):
+            key = "nodes" if self.nodes > 1 else "tasks_per_node"
+            problem = "has all processes train each cell together, and processes_per_gpu gives each cells of its own"
+            allowed = "1" if self.nodes > 1 else "null"
+            raise ConfigError(key, problem, value=getattr(self, key), allowed=f"{allowed}, or processes_per_gpu=null")
         if self.signal_delay_s >= self.timeout_min * 60:
             raise ConfigError(
                 "signal_delay_s", "leaves no time before it", value=self.signal_delay_s, allowed="< 60 * timeout_min"
             )
 
+        for index, row in enumerate(self.larger):
+            self._check_row(index, row)
+
+    def _check_row(self, index: int, row: Mapping[str, Any]) -> None:
+        """Raise ConfigError where a row of `larger` says what cannot be, or nothing."""
+        where, settings = f"larger[{index}]", [item.name for item in fields(self) if item.name not in OF_ALL]
+        for key in row:
+            if key not in (*BOUNDS, *settings):
+                problem = "is the same for all cells" if key in OF_ALL else "unknown key"
+                known = (*BOUNDS, *settings)
+                raise ConfigError(f"{where}.{key}", problem, value=row[key], allowed=known, nearest_to=str(key))
+        if not row.keys() & {*BOUNDS} or not row.keys() - {*BOUNDS}:
+            allowed = f"one of {', '.join(BOUNDS)}, and what cells above it ask for, such as mem_gb"
+            raise ConfigError(where, "needs a bound and a setting", value=dict(row), allowed=allowed)
+        if self.with_row(index + 1) == self.with_row(0):
+            raise ConfigError(where, "has no effect: it asks for what all cells ask for", value=dict(row))
+        mine = self._bounds[index]
+        for later, other in enumerate(self._bounds[index + 1 :], index + 1):
+            if other.above_gb <= mine.above_gb and other.above_flops <= mine.above_flops:
+                problem = f"has no effect: larger[{later}] is for all of its cells too, and the last one counts"
+                raise ConfigError(where, problem, value=dict(row), allowed="rows in rising order of their bounds")
+
+    @cached_property
+    def _bounds(self) -> tuple[Bounds, ...]:
+        plain = [{key: value for key, value in row.items() if key in BOUNDS} for row in self.larger]
+        return tuple(decode(Bounds, bounds, prefix=f"larger[{index}]") for index, bounds in enumerate(plain))
+
+    def row_for(self, memory_gb: float, flops: float) -> int:
+        """Return by which row of `larger` a cell of this size asks: the last one whose bounds it exceeds, from 1; 0 = by none.
+
+        Args:
+            memory_gb: of the cell's training, in units of 1e9 bytes.
+            flops: of its whole training.
+        """
+        rows = enumerate(self._bounds, 1)
+        return max((row for row, over in rows if memory_gb > over.above_gb and flops > over.above_flops), default=0)
+
+    def with_row(self, row: int) -> SlurmConfig:
+        """Return what a cell asks for that asks by this row of `larger`.
+
+        Args:
+            row: from 1; 0 = by none.
+        """
+        changes = {key: value for key, value in self.larger[row - 1].items() if key not in BOUNDS} if row else {}
+        return decode(
+            SlurmConfig, {**encode(self), "larger": (), **changes}, prefix=f"larger[{row - 1}]" if row else ""
+        )
+
+    @property
+    def processes(self) -> int:
+        """How many groups of cells an element trains side by side, a process each."""
+        return self.processes_per_gpu * (self.gpus_per_node or 1) if self.processes_per_gpu else 1
+
+    @property
+    def threads(self) -> int:
+        """The cores of each of these processes, at least one."""
+        return max(1, self.cpus // self.processes)
+
     @property
     def ranks_per_node(self) -> int:
-        """Processes on each node of an element."""
-        return self.tasks_per_node or self.gpus_per_node or 1
+        """Tasks of SLURM's on each node of an element."""
+        return 1 if self.processes_per_gpu else self.tasks_per_node or self.gpus_per_node or 1
 
     @property
     def ranks(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Collection
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,7 +53,7 @@ def in_queue(slurm: Slurm, folder: Path) -> dict[str, Queued]:
         with suppress(RecordError):
             if array.job_id() is None:
                 array.note_submitted(job_id)
-            for index, group in enumerate(array.groups()):
+            for index, groups in enumerate(array.elements()):
                 report = reports.get(f"{job_id}_{index}")
                 if report is None or not report.live:
                     continue
@@ -60,7 +61,7 @@ def in_queue(slurm: Slurm, folder: Path) -> dict[str, Queued]:
                 # of one that has begun, some cells may be through
                 found |= {
                     job["cell_id"]: queued
-                    for job in group
+                    for job in chain.from_iterable(groups)
                     if report.to_begin or own_record(folder_of(job), array.key).end not in SETTLED
                 }
     return found

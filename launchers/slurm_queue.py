@@ -92,6 +92,15 @@ class Slurm:
             raise Refused(_line(answer.stderr))
         return answer.stdout.strip().split(";")[0]
 
+    def test_only(self, script: Path) -> str:
+        """Return what sbatch says of the script without submitting it: when it would start and where, or why it cannot.
+
+        Args:
+            script: a batch script.
+        """
+        answer = self._ask("sbatch", "--test-only", str(script))
+        return _line(answer.stderr or answer.stdout)
+
     def queue(self, names: Iterable[str]) -> dict[str, Report] | None:
         """Return what the queue tells of each element, "<job id>_<index>", those that ended lately among them; None = the
         controller does not answer.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shlex
-import sys
-from collections.abc import Sequence
+from pathlib import Path
 
 from supar_sweep.sweep.arrays import ArrayFolder
+from supar_sweep.sweep.code import VERSION_VARIABLE
 from supar_sweep.training.environment import LAUNCH_ENV
+from supar_sweep.training.slurm_job import command
 
 from .local import THREAD_VARIABLES, search_path
 from .slurm_config import SlurmConfig
@@ -15,7 +17,7 @@ from .slurm_queue import environment_of_job
 
 
 def submission_script(
-    config: SlurmConfig, array: ArrayFolder, *, n: int, at_once: int, threads: int, function: str
+    config: SlurmConfig, array: ArrayFolder, *, n: int, at_once: int, threads: int, function: str, code: Path
 ) -> str:
     """Return the batch script of an array.
 
@@ -26,6 +28,7 @@ def submission_script(
         at_once: how many of them may run at once.
         threads: of each process.
         function: what an element calls with its group, "module:name".
+        code: the folder that holds the package as it was at submission.
     """
     from submitit import SlurmExecutor
 
@@ -50,15 +53,13 @@ def submission_script(
         array_parallelism=at_once,
         signal_delay_s=config.signal_delay_s,
         stderr_to_stdout=True,
-        setup=[*_environment(threads), *config.setup],
+        setup=[*environment_of_job(job_environment(threads, code)), *config.setup],
         srun_args=_srun_options(config),
         additional_parameters={"requeue": True, **further},
     )
     executor.parameters["map_count"] = n
-    # -P: the working folder is not where modules come from, unless PYTHONPATH says so
-    words = [sys.executable, "-P", "-u", "-m", "supar_sweep.training.slurm_job", str(array.path), function]
-    limits = [str(config.timeout_min * 60), str(config.signal_delay_s)]
-    return executor._make_submission_file_text(shlex.join([*words, *limits, str(config.ranks)]), array.key)
+    limits = [str(config.timeout_min * 60), str(config.signal_delay_s), str(config.ranks)]
+    return executor._make_submission_file_text(shlex.join(command(str(array.path), function, *limits)), array.key)
 
 
 def _srun_options(config: SlurmConfig) -> list[str]:
@@ -67,27 +68,13 @@ def _srun_options(config: SlurmConfig) -> list[str]:
     return [*cores, "--kill-on-bad-exit=1"] if config.ranks > 1 else cores
 
 
-def _environment(threads: int) -> list[str]:
-    variables = dict.fromkeys(THREAD_VARIABLES, str(threads))
-    return environment_of_job({**LAUNCH_ENV, **variables, "PYTHONPATH": search_path()})
-
-
-def parallelism(sizes: Sequence[int], at_once: int) -> list[int]:
-    """Return how many elements of each array may run at once, so that all together are `at_once`, and each at least one.
+def job_environment(threads: int, code: Path) -> dict[str, str]:
+    """Return the variables that an element is started with.
 
     Args:
-        sizes: elements of each array, >= 1.
-        at_once: elements that may run at once, >= 1.
-
-    >>> parallelism([1000, 1000, 500], 64)
-    [26, 25, 13]
-    >>> parallelism([3, 3], 1)
-    [1, 1]
+        threads: of each process.
+        code: the folder that holds the package as it was at submission. The user's own modules are found where they are found
+            here.
     """
-    shares = []
-    left, to_share = at_once, sum(sizes)
-    for size in sizes:
-        share = min(size, max(1, round(left * size / to_share)))
-        shares.append(share)
-        left, to_share = max(0, left - share), to_share - size
-    return shares
+    variables = {**LAUNCH_ENV, **dict.fromkeys(THREAD_VARIABLES, str(threads)), VERSION_VARIABLE: code.name}
+    return {**variables, "PYTHONPATH": os.pathsep.join([str(code), search_path()])}

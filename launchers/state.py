@@ -1,5 +1,5 @@
-"""What became of a job, in typed words: pure functions of what its cells, SLURM's queue and its accounting say, and of how a
-process ended without a word. What a run says of itself is in supar_sweep.sweep.status.
+"""What became of a job, in typed words: pure functions of what its cells, SLURM's queue and its accounting say. What a run says
+of itself is in supar_sweep.sweep.status.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from supar_sweep.sweep.arrays import OwnRecord
 from supar_sweep.sweep.records import COMPLETE_ENDS
+from supar_sweep.training.epitaph import describe_exit
 
 STATES = (
     *COMPLETE_ENDS,
@@ -117,7 +118,7 @@ def judge(
     if own.end in COMPLETE_ENDS:
         return Verdict(own.end, settled=True)
     if own.end in ("failed", "oom"):  # a requeued element leaves these alone
-        return Verdict(own.end, own.message, settled=True)
+        return Verdict(own.end, own.message, settled=True, died=own.died)
     if queue is not None and queue.live:
         state = live_state(queue)
         return Verdict(state, "" if state == "running" or queue.reason == "None" else queue.reason)
@@ -201,21 +202,3 @@ def words_of_its_own(last_words: str) -> str:
     """
     own = (line.strip() for line in reversed(last_words.splitlines()) if not SLURM_LINE.match(line))
     return next((line for line in own if line), "")
-
-
-def describe_exit(code: int) -> str:
-    """Return in words how a worker process died.
-
-    Args:
-        code: as subprocess gives it: an exit code, or minus the signal's number.
-    """
-    if code >= 0:
-        return f"worker left with exit code {code}"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:  # a real-time signal
-        name = "unnamed"
-    # only the kernel's log knows whether a SIGKILL was its out-of-memory killer: say so, and no
-    # more
-    guess = " (out of memory?)" if -code == signal.SIGKILL else ""
-    return f"worker killed by signal {-code} {name}{guess}"

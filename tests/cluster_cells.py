@@ -22,7 +22,7 @@ from tests.fake_cells import loss
 
 RUN = "tests.cluster_cells:run"
 STEP_S = 0.1
-RAISES, EXITS, KILLED, HUNGRY, STUCK, DIVERGES = range(1000, 1006)
+RAISES, EXITS, KILLED, HUNGRY, STUCK, DIVERGES, GROWS = range(1000, 1007)
 
 
 def run(
@@ -92,7 +92,11 @@ def misbehave(seed: int) -> None:
         os._exit(3)
     if seed == KILLED:
         os.kill(os.getpid(), signal.SIGKILL)
+    kept = []
+    while seed == GROWS:
+        kept.append(os.urandom(10 << 20))
+        time.sleep(0.1)
     if seed == HUNGRY:
-        kept = bytearray(os.urandom(1 << 20) * 600)
+        held = bytearray(os.urandom(1 << 20) * 600)
         time.sleep(60)
-        print(len(kept))
+        print(len(held))

@@ -104,6 +104,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip(reason)
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """A test that failed and is tried again (`make cluster`) leaves its failure in the log."""
+    if str(report.outcome) == "rerun":  # a word of the plugin's own
+        print(f"\n{report.longreprtext}\n")
+
+
 def pytest_xdist_auto_num_workers() -> int:
     """At most eight: tests start worker processes of their own, each with a torch."""
     return min(8, len(os.sched_getaffinity(0)))

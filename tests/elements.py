@@ -41,7 +41,7 @@ def start(
         function: what each calls with the jobs.
         mute: ranks that cannot write a file of more than PROBE_BYTES: the system does not let them.
     """
-    array = ArrayFolder.new(runs / "slurm", [jobs])
+    array = ArrayFolder.new(runs / "slurm", [[jobs]])
     command = [sys.executable, "-m", "supar_sweep.training.slurm_job", str(array.path), function, "3600", "60"]
     slurm = {
         **{"SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "1", "SLURM_ARRAY_JOB_ID": "1", "SLURM_ARRAY_TASK_ID": "0"},

@@ -39,6 +39,12 @@ def test_each_command_knows_its_own_sections(command: str) -> None:
         ("tune study.confirm_seeds=[-1]", "study.confirm_seeds: must be different seeds (got [-1])"),
         ("tune base.width=20", "width: must be a multiple of d_head = 8 (got 20); allowed: 16 or 24"),
         ("tune launcher.procesess=2", "did you mean 'launcher.processes'?"),
+        ("tune launcher=slurm launcher.nodes=3", "train.batch_seqs: cannot be shared by 3 processes (got 2)"),
+        ("plan launcher=slurm launcher.gpus_per_node=4", "train.batch_seqs: cannot be shared by 4 processes (got 2)"),
+        (
+            "run launcher=slurm launcher.nodes=2 runtime.cohort=4",
+            "runtime.cohort: has no effect where 2 processes train",
+        ),
         ("quickstart launcher.procesess=2", "did you mean 'launcher.processes'?"),
         ("quickstart metric=loss", "metric: unknown choice (got 'loss')"),
         ("quickstart base.width=20", "base.width: must be a multiple of d_head = 8 (got 20); allowed: 16 or 24"),

@@ -122,9 +122,12 @@ def test_bad_cells_are_reported_and_the_others_complete(runs_dir: Path) -> None:
     (error,) = first_errors(plan, found)
     assert (error["state"], error["n"]) == ("failed", 2)
     assert "RuntimeError: no luck" in error["message"]
+    assert error["attempts"] == attempts[fake_cells.RAISES]
     assert error["log"].endswith("log.txt")
     again = run(runs_dir, plan, retries=0)
     assert (again.skipped, again.counts["failed"]) == (3, 3)
+    (error,) = first_errors(plan, states(experiment(runs_dir), plan))
+    assert error["message"].endswith("; begun 2 times")
 
 
 def test_when_the_first_fail_alike_the_rest_is_held_and_said_once(runs_dir: Path) -> None:

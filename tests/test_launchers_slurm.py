@@ -44,9 +44,17 @@ def slurm(request: pytest.FixtureRequest) -> Iterator[Cluster]:
 def config(**changes: Any) -> SlurmConfig:
     settings: dict[str, Any] = {
         **dict.fromkeys(("partition", "account", "qos", "constraint", "gpus_per_node", "gpu_memory_gb")),
-        **{"wait": True, "cpus": 1, "mem_gb": 0.25, "timeout_min": 10, "array_parallelism": 16, "max_elements": 1000},
+        **{
+            "wait": True,
+            "cpus": 1,
+            "processes_per_gpu": None,
+            "mem_gb": 0.25,
+            "timeout_min": 10,
+            "array_parallelism": 16,
+            "max_elements": 1000,
+        },
+        **{"signal_delay_s": 30, "poll_s": 0.5, "grace_s": 2.0, "setup": (), "sbatch": {}, "larger": ()},
         **{"nodes": 1, "tasks_per_node": None},
-        **{"signal_delay_s": 30, "poll_s": 0.5, "grace_s": 2.0, "setup": (), "sbatch": {}},
     }
     return decode(SlurmConfig, {"name": "slurm", **settings, **changes})
 

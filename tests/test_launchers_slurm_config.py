@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from launchers.slurm_arrays import Size, batches, parallelism
 from launchers.slurm_config import SlurmConfig, options_in
 from launchers.slurm_queue import Refused, read_accounts
-from launchers.slurm_script import parallelism, submission_script
+from launchers.slurm_script import submission_script
 from supar_sweep.cli.compose import register_resolvers
 from supar_sweep.cli.rooms import conf_dir
 from supar_sweep.config.decode import decode
@@ -56,8 +58,31 @@ def test_what_is_shipped_is_valid(name: str) -> None:
             r"launcher.tasks_per_node: does not go with gpus_per_node=4: .* \(got 2\); allowed: null",
         ),
         ({"sbatch": {"nodes": 2}}, "launcher.sbatch.nodes: is set by launcher.nodes"),
+        (
+            {"nodes": 2, "processes_per_gpu": 2},
+            r"launcher.nodes: has all processes .* allowed: 1, or processes_per_gpu=null",
+        ),
+        ({"tasks_per_node": 1, "processes_per_gpu": 2}, r"launcher.tasks_per_node: has all processes"),
         ({"sbatch": {"requeue": True}}, "launcher.sbatch.requeue: is the launcher's own"),
         ({"sbatch": {"exclusive": False}}, "launcher.sbatch.exclusive: must be text, a number, or true"),
+        (
+            {"larger": [{"above_bg": 1, "mem_gb": 9}]},
+            r"launcher.larger\[0\].above_bg: unknown key .* did you mean 'above_gb'",
+        ),
+        ({"larger": [{"above_gb": 1, "wait": True}]}, r"launcher.larger\[0\].wait: is the same for all cells"),
+        ({"larger": [{"mem_gb": 9}]}, r"launcher.larger\[0\]: needs a bound and a setting"),
+        ({"larger": [{"above_gb": 1}]}, r"launcher.larger\[0\]: needs a bound and a setting"),
+        ({"larger": [{"above_gb": "many", "mem_gb": 9}]}, r"launcher.larger\[0\].above_gb: must be a number"),
+        (
+            {"larger": [{"above_gb": 1, "mem_gb": 16}]},
+            r"launcher.larger\[0\]: has no effect: it asks for what all cells",
+        ),
+        ({"larger": [{"above_gb": 1, "mem_gb": -1}]}, r"launcher.larger\[0\].mem_gb: out of range \(got -1.0\)"),
+        ({"larger": [{"above_gb": 1, "gpus_per_node": None}]}, r"launcher.larger\[0\].gpu_memory_gb: does not go with"),
+        (
+            {"larger": [{"above_gb": 9, "mem_gb": 90}, {"above_gb": 5, "above_flops": 0, "mem_gb": 50}]},
+            r"launcher.larger\[0\]: has no effect: larger\[1\] is for all of its cells too",
+        ),
     ],
 )
 def test_a_wrong_setting_is_an_error_that_teaches(changes: dict[str, Any], said: str) -> None:
@@ -74,12 +99,69 @@ def test_a_further_option_is_one_of_sbatchs_own() -> None:
     assert str(error.value).endswith("did you mean 'exclude'?; allowed: exclude, exclusive, nodelist")
 
 
+ROWS: tuple[dict[str, Any], ...] = (
+    {"above_gb": 20, "mem_gb": 64},
+    {"above_flops": "1e18", "timeout_min": 1440, "cpus": 16},
+    {"above_gb": 20, "above_flops": 1e18, "mem_gb": 64, "timeout_min": 1440, "partition": "huge"},
+)
+
+
+@pytest.mark.parametrize(
+    ("memory_gb", "flops", "row"),
+    [(20, 1e18, 0), (0, 0, 0), (20.1, 1e18, 1), (1, 1.1e18, 2), (20.1, 1.1e18, 3)],
+)
+def test_a_cell_asks_by_the_last_row_whose_bounds_it_exceeds(memory_gb: float, flops: float, row: int) -> None:
+    config = shipped("slurm", larger=ROWS)
+    assert config.row_for(memory_gb, flops) == row
+    asked, plain = config.with_row(row), shipped("slurm")
+    changed = {key: value for key, value in (ROWS[row - 1] if row else {}).items() if not key.startswith("above")}
+    assert asked == replace(plain, **changed)
+
+
+def job(name: str, memory_gb: float = 1.0) -> dict[str, Any]:
+    return {"cell_id": name, "size_gb": memory_gb, "runtime": {"threads": None, "device": "cpu"}}
+
+
+def test_groups_become_arrays_of_equal_resources_several_an_element_none_too_large() -> None:
+    config = shipped(
+        "slurm",
+        processes_per_gpu=3,
+        gpus_per_node=2,
+        cpus=12,
+        array_parallelism=4,
+        larger=[{"above_gb": 20, "cpus": 24}],
+    )
+    small = [[job(f"s{index}a"), job(f"s{index}b")] for index in range(40)]
+    large = [[job("l0", 21)], [job("l1a", 3), job("l1b", 30)]]
+    found = batches(
+        [large[0], *small, large[1]],
+        config,
+        size=lambda job: Size(job["size_gb"], 1),
+        threads=None,
+        max_array_size=4,
+    )
+    assert [(batch.config.cpus, len(batch.elements), batch.at_once) for batch in found] == [
+        (24, 1, 1),  # 2 groups in one element of 6 processes
+        (12, 4, 2),
+        (12, 3, 1),
+    ]
+    assert [len(groups) for batch in found for groups in batch.elements] == [2, *([6] * 6), 4]
+    ids = [[job["cell_id"] for job in group] for batch in found for groups in batch.elements for group in groups]
+    assert ids == [["l0"], ["l1a", "l1b"], *([f"s{index}a", f"s{index}b"] for index in range(40))]
+    # each process has its share of its element's cores, where nobody chose
+    assert [{job["runtime"]["threads"] for job in batch.jobs} for batch in found] == [{24 // 6}, {12 // 6}, {12 // 6}]
+    [batch] = batches(small[:1], config, size=lambda job: Size(), threads=7, max_array_size=4)
+    assert {job["runtime"]["threads"] for job in batch.jobs} == {7}
+    assert small[0][0]["runtime"]["threads"] is None
+
+
 @pytest.mark.parametrize(
     ("changes", "ranks"),
     [
         ({}, 1),
         ({"gpus_per_node": 4}, 4),
         ({"gpus_per_node": 4, "nodes": 3}, 12),
+        ({"gpus_per_node": 4, "processes_per_gpu": 2}, 1),
         ({"gpus_per_node": None, "gpu_memory_gb": None, "nodes": 2}, 2),
         ({"gpus_per_node": None, "gpu_memory_gb": None, "nodes": 2, "tasks_per_node": 5}, 10),
     ],
@@ -87,7 +169,9 @@ def test_a_further_option_is_one_of_sbatchs_own() -> None:
 def test_an_element_is_a_process_a_gpu_on_each_node(changes: dict[str, Any], ranks: int, tmp_path: Path) -> None:
     config = shipped("slurm", **changes)
     assert config.ranks == ranks
-    script = submission_script(config, ArrayFolder.new(tmp_path, [[]]), n=1, at_once=1, threads=1, function="a:b")
+    script = submission_script(
+        config, ArrayFolder.new(tmp_path, [[]]), n=1, at_once=1, threads=1, function="a:b", code=tmp_path
+    )
     asked = dict(re.findall(r"^#SBATCH --(nodes|ntasks-per-node|gpus-per-node)=(.*)$", script, re.MULTILINE))
     assert int(asked["nodes"]) * int(asked["ntasks-per-node"]) == ranks
     assert asked.get("gpus-per-node") == (str(config.gpus_per_node) if config.gpus_per_node else None)

@@ -205,8 +205,7 @@ def failed_alike(slurm: Cluster, runs: Path) -> None:
     bad = [{"seed": cluster_cells.RAISES, "hparams.lr": 0.01 * (number + 1)} for number in range(n)]
     plan, told = grid(*bad, steps=6), Told()
     found = completed(runs, plan, told, array_parallelism=1, alike=alike, sbatch={"exclude": "n1"})
-    (array,) = (runs / "slurm").iterdir()
-    assert slurm.ask("squeue", "-h", f"--name=supar-{array.name}", "-t", "pending,running") == ""
+    slurm.wait_for(lambda: not queued(slurm, runs / "slurm"))
     n_tried = found.counts["failed"]
     assert alike <= n_tried < n
     assert found.held == n - n_tried
@@ -284,12 +283,12 @@ def interrupted(slurm: Cluster, runs: Path, answer: str) -> list[str]:
         slurm.wait_for(lambda: "interrupted; " in terminal.shown)
     finally:
         terminal.close()
-    return queued(slurm, runs)
+    return queued(slurm, runs / "runs" / "slurm")
 
 
-def queued(slurm: Cluster, runs: Path) -> list[str]:
-    """The elements in the queue that belong to a runs folder."""
-    keys = {array.name for array in (runs / "runs" / "slurm").iterdir()}
+def queued(slurm: Cluster, arrays: Path) -> list[str]:
+    """The elements in the queue that belong to a runs folder's arrays."""
+    keys = {array.name for array in arrays.iterdir()}
     names = slurm.ask("squeue", "-h", "-r", "--format=%j").splitlines()
     return [name for name in names if name.removeprefix("supar-") in keys]
 
@@ -310,12 +309,12 @@ def left_to_themselves(slurm: Cluster, runs: Path) -> None:
     _, said = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == INTERRUPTED, said
     assert "2 cells go on in the queue" in said
-    assert len(queued(slurm, runs)) == 2
+    assert len(queued(slurm, runs / "runs" / "slurm")) == 2
     process = follow(slurm, runs)
     subprocess.run(command("cancel", "experiment.name=t"), cwd=runs, check=True, capture_output=True)
     _, said = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == INTERRUPTED, said
-    slurm.wait_for(lambda: not queued(slurm, runs))
+    slurm.wait_for(lambda: not queued(slurm, runs / "runs" / "slurm"))
 
 
 @story

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ from supar_sweep.cli.launch import check_shares, price, with_threads
 from supar_sweep.cli.rooms import conf_dir
 from supar_sweep.cli.settings import Settings
 from supar_sweep.config.decode import encode
+from supar_sweep.config.schema import CellConfig
 from supar_sweep.errors import ConfigError
+from supar_sweep.sweep.cohorts import Price
 from supar_sweep.training.cost import (
     COMPACT_FLOPS_MULT,
     FLOPS_A_THREAD,
@@ -94,16 +98,64 @@ def test_a_price_says_who_can_be_trained_together(tmp_path: Path) -> None:
         "data": (tiny_cell(**{"data.val_fraction": 0.2}), False),
     }
     with pool(tmp_path) as launcher:
-        of = price(settings(), launcher)
+        of = price(settings(), launcher.processes)
         for what, (other, same) in others.items():
             assert (of(other).shape == of(cell).shape) == same, what
         assert of(cell).together == MOST_TOGETHER["cpu"]
-        assert price(settings(cohort=3), launcher)(cell).together == 3
-        assert price(settings(compile=True), launcher)(cell).together == 1
+        assert price(settings(cohort=3), launcher.processes)(cell).together == 3
+        assert price(settings(compile=True), launcher.processes)(cell).together == 1
         assert of(tiny_cell(**{"train.target": "mine.train"})).together == 1
-        assert of(tiny_cell(density=0.01)).cost == price(settings(compute="dense"), launcher)(cell).cost
-        assert price(settings(compute="auto"), launcher)(tiny_cell(density=0.01)).cost < of(cell).cost
+        assert of(tiny_cell(density=0.01)).cost == price(settings(compute="dense"), launcher.processes)(cell).cost
+        assert price(settings(compute="auto"), launcher.processes)(tiny_cell(density=0.01)).cost < of(cell).cost
     assert encode(cell.model)["width"] == 32
+
+
+def test_on_slurm_an_elements_processes_share_its_memory_and_larger_cells_have_more(tmp_path: Path) -> None:
+    small, large = tiny_cell(), tiny_cell(**{"model.width": 64})
+    assert memory_gb(small) < memory_gb(large)
+    between_gb = (memory_gb(small) + memory_gb(large)) / 2
+    plain = {
+        **dict.fromkeys(("partition", "account", "qos", "constraint", "gpus_per_node", "gpu_memory_gb")),
+        **{
+            "name": "slurm",
+            "wait": True,
+            "nodes": 1,
+            "tasks_per_node": None,
+            "cpus": 1,
+            "processes_per_gpu": None,
+            "mem_gb": 3.5 * memory_gb(large) / 0.8,
+        },
+        **{"timeout_min": 10, "array_parallelism": 4, "max_elements": 100, "signal_delay_s": 30, "poll_s": 1.0},
+        **{"grace_s": 2.0, "setup": [], "sbatch": {}, "larger": []},
+    }
+
+    def of(compute: str = "dense", **changes: Any) -> Callable[[CellConfig], Price]:
+        runtime = {**RUNTIME, "compute": compute}
+        command = Settings(command="run", plain={"runtime": runtime, "launcher": {**plain, **changes}}, overrides=())
+        with pool(tmp_path) as launcher:
+            return price(command, launcher.processes)
+
+    assert of()(large).together == 3
+    assert of(processes_per_gpu=3)(large).together == 1
+    row = {"above_gb": between_gb, "mem_gb": 5.5 * memory_gb(large) / 0.8}
+    assert of(larger=[row])(large).together == 5
+    assert of(larger=[row])(small).together == of()(small).together
+
+    # so do its cores, and nobody says how many threads where some cells have others
+    def threads(**changes: Any) -> int | None:
+        runtime = {**RUNTIME, "threads": None}
+        command = Settings(command="run", plain={"runtime": runtime, "launcher": {**plain, **changes}}, overrides=())
+        return with_threads(command, []).runtime().threads
+
+    assert [threads(cpus=8), threads(cpus=8, processes_per_gpu=3), threads(cpus=8, processes_per_gpu=9)] == [8, 2, 1]
+    assert threads(cpus=8, larger=[row]) == 8
+    assert threads(cpus=8, larger=[{"above_gb": 1, "cpus": 16}]) is None
+    # cells of one shape that ask for different things are not trained by one process
+    sparse = tiny_cell(density=0.1)
+    between_gb = (memory_gb(sparse, compact=True) + memory_gb(small, compact=True)) / 2
+    row = {"above_gb": between_gb, "timeout_min": 20}
+    assert of("compact")(sparse).shape == of("compact")(small).shape
+    assert of("compact", larger=[row])(sparse).shape != of("compact", larger=[row])(small).shape
 
 
 def over_ranks(**runtime: Any) -> Settings:
@@ -116,13 +168,20 @@ def over_ranks(**runtime: Any) -> Settings:
 def test_what_several_processes_train_together_they_train_alone(tmp_path: Path) -> None:
     cell = tiny_cell()
     with pool(tmp_path) as launcher:
-        assert price(over_ranks(), launcher)(cell).together == 1
+        assert price(over_ranks(), launcher.processes)(cell).together == 1
     check_shares(over_ranks(), [cell])
     check_shares(settings(cohort=3), [tiny_cell(**{"train.batch_seqs": 3})])  # one process takes any
     with pytest.raises(ConfigError, match=r"train.batch_seqs: cannot be shared by 4 processes \(got 6\)"):
         check_shares(over_ranks(), [cell, tiny_cell(**{"train.batch_seqs": 6})])
     with pytest.raises(ConfigError, match=r"runtime.cohort: has no effect where 4 processes train each cell together"):
         check_shares(over_ranks(cohort=3), [cell])
+    row = {"above_gb": memory_gb(cell), "nodes": 3, "gpus_per_node": 1}
+    plain = over_ranks().plain
+    changed = {"nodes": 1, "gpus_per_node": 1, "larger": [row]}
+    larger = replace(over_ranks(), plain={**plain, "launcher": {**plain["launcher"], **changed}})
+    check_shares(larger, [cell])
+    with pytest.raises(ConfigError, match=r"cannot be shared by 3 processes \(got 4\)"):
+        check_shares(larger, [cell, tiny_cell(**{"model.width": 64})])
 
 
 SMI = """#!/bin/sh

@@ -25,7 +25,7 @@ LEFT = 128 + signal.SIGTERM
 
 CELLS: dict[str, dict[str, Any]] = {
     "dense": {"density": 1.0},
-    "masked": {"train.eval_every_steps": 5},
+    "masked": {"train.eval_every_steps": 5, "runtime": {"checkpoint_every_s": 0.01}},
     "compact": {"density": 1 / 8, "runtime": {"compute": "compact"}},
     "rigl": {"sparsity": {"method": "rigl", **SWAPS}},
     "in parts": {"train.accumulation_steps": 2, "optimizer.clip_norm": 0.01},
@@ -97,6 +97,25 @@ def test_what_goes_wrong_on_one_rank_ends_the_cell_on_all_with_a_word(tmp_path: 
     assert folder_of(killed).last_end() is None
     assert not folder_of(killed).is_locked()
     assert "one of the 2 ranks is gone" in printed[0]
+
+
+@pytest.mark.gpu
+def test_two_gpus_give_the_curve_of_one(tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.device_count() < 2:
+        pytest.skip("two GPUs are needed: NCCL takes no more than one rank each")
+    runtime = {"device": "cuda", "checkpoint_every_steps": 5}
+    jobs = [
+        tiny_job(tmp_path / "cells", runtime=runtime),
+        tiny_job(tmp_path / "cells", runtime={**runtime, "compute": "compact"}, seed=1),
+        tiny_job(tmp_path / "cells", runtime=runtime, sparsity={"method": "rigl", **SWAPS}),
+    ]
+    codes, printed = wait(start(tmp_path, jobs, tasks=2))
+    assert codes == [0, 0], printed
+    for job in jobs:
+        assert (result_of(job)["ranks"], result_of(job)["device"]) == (2, "cuda")
+        assert_same_curve(job, alone(job, tmp_path / "alone"), rel=1e-4)
 
 
 def begun(job: Any, processes: list[subprocess.Popen[str]], steps: int) -> None:

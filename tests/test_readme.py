@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+import yaml
 
 from supar_sweep.cli.main import COMMANDS, main
 from supar_sweep.cli.rules import markdown
+from supar_sweep.sweep.status import states
+from supar_sweep.sweep.submission import Experiment
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -23,6 +30,7 @@ TINY = [
     "train.steps=4",
     "train.eval_seqs=4",
 ]
+OF_GRID = [*TINY, "experiment.axes.density=[1,0.25]", "experiment.axes.seed=[0]", "experiment.axes.lr={log2: [-8, -6]}"]
 SMALLER = {
     "quickstart": ["size=smoke"],
     "coord-check": [
@@ -39,13 +47,10 @@ SMALLER = {
         "study.confirm_top_k=1",
         "study.confirm_seeds=[1]",
     ],
-    "run": [
-        *TINY,
-        "experiment.axes.density=[1,0.25]",
-        "experiment.axes.seed=[0]",
-        "experiment.axes.lr={log2: [-8, -6]}",
-    ],
+    "run": OF_GRID,
+    "calibrate": OF_GRID,
 }
+ON_SLURM = re.compile(r"^## On a SLURM cluster\n+```text\n(.*?)^```", re.M | re.S)
 
 
 def commands() -> list[list[str]]:
@@ -81,10 +86,67 @@ def test_its_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         if words[0] == "cancel":  # nothing runs any more, and it says so
             assert code == 2
             assert "is not running" in shown.err
-        elif words[0] == "export":  # the README's cell stands for one of the reader's
+        elif words[0] == "logs":  # the README's cell stands for one of the reader's
+            assert code == 2
+            assert "cell: is none of the" in shown.err
+        elif words[0] == "export":  # so here
             assert code == 2
             assert "checkpoint: is not there" in shown.err
         else:
             assert code == 0, f"supar-sweep {shlex.join(words)}: {shown.err}"
     for made in ("studies/mine/best.yaml", "experiments/lr_basins/lr_basins.png", "experiments/lr_basins/verdict.json"):
         assert (tmp_path / "runs" / made).exists()
+
+
+def test_the_page_on_slurm_names_every_option_command_and_kind_of_end() -> None:
+    from launchers.state import STATES
+
+    page = (ROOT / "docs" / "slurm.md").read_text(encoding="utf-8")
+    options = yaml.safe_load((ROOT / "conf" / "launcher" / "slurm.yaml").read_text(encoding="utf-8"))
+    assert [key for key in options if key != "name" and f"`{key}`" not in page] == []
+    assert [
+        word for word in ("calibrate", "plan", "run", "status", "logs", "cancel") if f"supar-sweep {word}" not in page
+    ] == []
+    table = re.search(r"^## Ends\n(.*?)^## ", page, re.M | re.S)
+    assert table
+    unsaid = {
+        "running",
+        "pending",
+        "missing",
+        "stale",
+        "unknown",
+        "preempted",
+        "node-failed",
+    }  # states, of which no cell ends
+    assert [state for state in STATES if state not in unsaid and state not in table[1]] == []
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+@pytest.mark.xdist_group("slurm")
+def test_six_lines_lead_from_nothing_to_a_grid_on_slurm() -> None:
+    found = ON_SLURM.search(README)
+    assert found
+    lines = found[1].splitlines()
+    assert len(lines) == 6
+    small = [*OF_GRID, "launcher.mem_gb=0.5"]
+    with TemporaryDirectory(prefix="supar-six-") as folder:
+        Path(folder).chmod(0o755)  # munged wants every folder above its socket to be passable
+        runs = f"runs_dir={folder}/runs"
+        of = {"plan": small, "run": small, "status": []}
+        cases = " ".join(f'{word}) set -- "$@" {shlex.join([*words, runs])} ;;' for word, words in of.items())
+        function = f'supar-sweep() {{ case "$1" in {cases} esac; {shlex.quote(sys.executable)} -m supar_sweep "$@"; }}'
+        environment = {**os.environ, "TMPDIR": folder}
+        try:
+            script = "\n".join(["set -e", function, *lines])
+            said = subprocess.run(
+                ["bash", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+            )
+            assert said.returncode == 0, said.stderr
+        finally:
+            down = [str(ROOT / "launchers" / "dev_cluster.sh"), "down"]
+            subprocess.run(down, env=environment, check=True, capture_output=True, timeout=120)
+        plan = Experiment(Path(folder, "runs"), "lr_basins").plan()
+        ends = {state.state for state in states(Experiment(Path(folder, "runs"), "lr_basins"), plan).values()}
+    assert "#SBATCH --array=0-" in said.stdout
+    assert ends <= {"done", "diverged"}

@@ -41,8 +41,9 @@ def hydra_words(word: str, does: str, words: Sequence[str]) -> list[str]:
     - `hparams=path/to/best.yaml` loads a file, where Hydra knows groups only;
     - `experiment.axes.lr=[...]` adds the axis or replaces it, where Hydra would merge or refuse;
       so do `study.space={...}`, `where.density=0.25` and `launcher.sbatch.exclude=n7`;
+    - `logs CELL` is `logs cell=CELL`;
     - `reproduce fig6` is `reproduce experiment=fig6`;
-    - the paths of `export` are quoted: a cell's folder has a ^ in its name, which Hydra cannot read.
+    - cells, and the paths of `export`, are quoted: a cell's folder has a ^ in its name, which Hydra cannot read.
 
     Args:
         word: the command.
@@ -60,6 +61,10 @@ def hydra_words(word: str, does: str, words: Sequence[str]) -> list[str]:
         key, equals, value = each.partition("=")
         if key == "hparams" and equals and (value.endswith((".yaml", ".yml")) or "/" in value):
             told.append(f"hparams_file={_quoted(value)}")
+        elif word == "logs" and not equals:
+            told.append(f"cell={_quoted(each)}")
+        elif word in ("logs", "cancel") and key == "cell" and value not in ("", "null"):
+            told.append(f"cell={_quoted(value)}")
         elif word == "export" and key in ("checkpoint", "to") and value not in ("", "null"):
             told.append(f"{key}={_quoted(value)}")
         elif word == "reproduce" and not equals and each.isidentifier():

@@ -14,7 +14,7 @@ from supar_sweep.config.decode import decode
 from supar_sweep.config.fields import check_ranges, setting
 from supar_sweep.config.schema import CellConfig
 from supar_sweep.errors import ConfigError
-from supar_sweep.sweep.extension import Budget, Wanted, added_of, extend
+from supar_sweep.sweep.extension import Budget, Wanted, added_of, extend, idle
 from supar_sweep.sweep.status import rows
 from supar_sweep.sweep.submission import PlannedCell
 
@@ -107,6 +107,13 @@ class Extension:
             if values:
                 say(f"  {line.line}: {line.axis} {', '.join(values)}; {line.why}")
         return grown(grid, plan)
+
+
+def say_idle(grid: Grid) -> None:
+    """Say which of the values that were added to the grid have no effect, because its settings have changed since."""
+    if found := idle(grid.plan):
+        lines = ", ".join(dict.fromkeys(each.line for each in found))
+        say(f"note: {len(found)} values that extend=true added are of lines that this grid has not: {lines}")
 
 
 def _say_end(wanted: Sequence[Wanted], stopped: Sequence[Wanted], waiting: Sequence[str], used: str) -> None:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from supar_sweep.cli.rooms import PACKAGE, room
 from supar_sweep.cli.settings import Settings
@@ -22,7 +22,7 @@ from supar_sweep.sweep.grid import GridPoint
 from supar_sweep.sweep.jobs import Launcher
 from supar_sweep.sweep.submission import Experiment, Plan, make_plan, provenance
 from supar_sweep.training.corpus import check_files, fingerprint, resolve
-from supar_sweep.training.cost import flops_per_step, most_together, relative_cost, threads_for
+from supar_sweep.training.cost import flops_per_step, memory_gb, most_together, relative_cost, threads_for
 from supar_sweep.training.environment import memory_of_machine_gb, versions, visible_gpus
 
 LAUNCHERS = ("local", "slurm")
@@ -49,23 +49,49 @@ def make_launcher(settings: Settings) -> Launcher:
     config, runtime = launcher_config(settings), settings.runtime()
     made: Launcher
     if not isinstance(config, LocalConfig):
+        size = sizes(settings)
         made = room("launchers.slurm").SlurmLauncher(
-            config, threads=runtime.n_threads, folder=settings.runs_dir / "slurm"
+            config,
+            threads=runtime.threads,
+            folder=settings.runs_dir / "slurm",
+            size=lambda job: size(decode(CellConfig, job["cell"])),
         )
         return made
-    gpus = gpus_for(runtime.device)
     made = room("launchers.local").LocalLauncher(
-        processes=config.processes or len(gpus) or (1 if trains_on_gpu(runtime.device) else None),
+        processes=processes_of(settings),
         threads=runtime.n_threads,
-        gpus=list(gpus),
+        gpus=list(gpus_for(runtime.device)),
         grace_s=config.grace_s,
         log_folder=settings.runs_dir / "logs",
     )
     return made
 
 
+def processes_of(settings: Settings) -> int:
+    """Return how many groups of cells the launcher trains at once, before there is one.
+
+    Args:
+        settings: after `with_threads`, where the launcher is this machine.
+    """
+    config, runtime = launcher_config(settings), settings.runtime()
+    if not isinstance(config, LocalConfig):
+        return int(config.array_parallelism * config.processes)
+    cores = len(os.sched_getaffinity(0))
+    a_gpu_each = len(gpus_for(runtime.device)) or int(trains_on_gpu(runtime.device))
+    return config.processes or a_gpu_each or max(1, cores // runtime.n_threads)
+
+
+def device_kind(settings: Settings) -> Literal["cpu", "cuda"]:
+    """Return what cells will be trained on, as far as the settings and this machine tell."""
+    config, device = launcher_config(settings), settings.runtime().device
+    if isinstance(config, LocalConfig):
+        return "cuda" if trains_on_gpu(device) else "cpu"
+    return "cuda" if config.gpus_per_node and device != "cpu" else "cpu"
+
+
 def with_threads(settings: Settings, cells: Collection[CellConfig]) -> Settings:
-    """Return the settings with runtime.threads as asked; else 1, or more where fewer cells than cores are to be trained.
+    """Return the settings with runtime.threads as asked; else 1, or more where fewer cells than cores are to be trained. On
+    SLURM it is a process's share of its element's cores, and not set here where larger cells have another one.
 
     Args:
         settings: the settings.
@@ -77,7 +103,9 @@ def with_threads(settings: Settings, cells: Collection[CellConfig]) -> Settings:
     config = launcher_config(settings)
     threads = 1
     if not isinstance(config, LocalConfig):
-        threads = config.cpus
+        threads, *others = {config.with_row(row).threads for row in range(len(config.larger) + 1)}
+        if others:
+            return settings
     elif cells and not trains_on_gpu(runtime.device):
         cores = len(os.sched_getaffinity(0))
         processes = min(config.processes or cores, len(cells))
@@ -206,15 +234,16 @@ def check_shares(settings: Settings, cells: Iterable[CellConfig]) -> None:
         cells: that are to be trained.
     """
     config, cohort = launcher_config(settings), settings.runtime().cohort
-    if isinstance(config, LocalConfig) or config.ranks == 1:
+    if isinstance(config, LocalConfig):
         return
-    if cohort not in (None, 1):
-        problem = (
-            f"has no effect where {config.ranks} processes train each cell together (launcher.nodes, gpus_per_node)"
-        )
-        raise ConfigError("runtime.cohort", problem, value=cohort, allowed="1 or null")
+    size = sizes(settings)
+    ranks_by_row = [config.with_row(row).ranks for row in range(len(config.larger) + 1)]
     for cell in cells:
-        check_ranks(cell, config.ranks)
+        ranks = ranks_by_row[config.row_for(*size(cell)) if config.larger else 0]
+        if ranks > 1 and cohort not in (None, 1):
+            problem = f"has no effect where {ranks} processes train each cell together (launcher.nodes, gpus_per_node)"
+            raise ConfigError("runtime.cohort", problem, value=cohort, allowed="1 or null")
+        check_ranks(cell, ranks)
 
 
 def submission_facts(settings: Settings) -> dict[str, Any]:
@@ -234,24 +263,30 @@ def flops(cell: CellConfig, *, dense_compute: bool = False) -> float:
     return float(cell.train.steps) * flops_per_step(cell, dense_compute=dense_compute)
 
 
-def price(settings: Settings, launcher: Launcher) -> Callable[[CellConfig], Price]:
+def price(settings: Settings, processes: int) -> Callable[[CellConfig], Price]:
     """Return what says of a cell what it costs beside others, and with how many of its shape it is trained.
 
     Args:
         settings: runtime.cohort decides where it is set, else shape and memory.
-        launcher: whose processes share the memory.
+        processes: of the launcher, which share the memory where they are on this machine.
     """
     runtime, config = settings.runtime(), launcher_config(settings)
-    over_ranks = not isinstance(config, LocalConfig) and config.ranks > 1
+    size = sizes(settings)
     if isinstance(config, LocalConfig):
         gpus_gb = gpus_for(runtime.device).values()
-        device = "cuda" if gpus_gb else "cpu"
         # of the machine a fifth is left to others; a GPU's processes share it
         all_gb = min(gpus_gb) * len(gpus_gb) if gpus_gb else memory_of_machine_gb()
-        free_gb = 0.8 * all_gb / launcher.processes
-    else:  # what this machine has says nothing of the nodes
-        device = "cuda" if config.gpus_per_node and runtime.device != "cpu" else "cpu"
-        free_gb = 0.8 * ((config.gpu_memory_gb if device == "cuda" else config.mem_gb) or 0.0)
+        here = _Place("cuda" if gpus_gb else "cpu", 0.8 * all_gb / processes)
+
+    def place(cell: CellConfig) -> _Place:
+        if isinstance(config, LocalConfig):
+            return here
+        row = config.row_for(*size(cell)) if config.larger else 0
+        asked = config.with_row(row)
+        if asked.gpus_per_node and runtime.device != "cpu":
+            return _Place("cuda", 0.8 * asked.gpu_memory_gb / (asked.processes_per_gpu or 1), row, asked.ranks > 1)
+        return _Place("cpu", 0.8 * (asked.mem_gb or 0.0) / asked.processes, row, asked.ranks > 1)
+
     # what the price depends on; thousands of cells share a few of these
     known: dict[Any, Price] = {}
 
@@ -264,6 +299,7 @@ def price(settings: Settings, launcher: Launcher) -> Callable[[CellConfig], Pric
         return known[key]
 
     def priced(cell: CellConfig) -> Price:
+        where = place(cell)
         return Price(
             cost=relative_cost(cell, compact=runtime.compute != "dense" and not runtime.compile),
             # what training.cohort.stack_key asks for, as far as the settings know it
@@ -274,14 +310,52 @@ def price(settings: Settings, launcher: Launcher) -> Callable[[CellConfig], Pric
                 cell.train.accumulation_steps,
                 cell.train.precision,
                 cell.train.target,
+                where.row,
             ),
-            together=together(cell),
+            together=together(cell, where),
         )
 
-    def together(cell: CellConfig) -> int:
-        if cell.train.target is not None or runtime.compile or over_ranks:
+    def together(cell: CellConfig, where: _Place) -> int:
+        if cell.train.target is not None or runtime.compile or where.over_ranks:
             return 1
-        return runtime.cohort or most_together(cell, device=device, free_gb=free_gb)
+        return runtime.cohort or most_together(cell, device=where.device, free_gb=where.free_gb)
+
+    return of
+
+
+class _Place(NamedTuple):
+    """Where a cell is trained.
+
+    Args:
+        device: "cpu" or "cuda".
+        free_gb: memory for its process there.
+        row: of `larger`, by which it asks for that.
+        over_ranks: several processes train it together.
+    """
+
+    device: str
+    free_gb: float
+    row: int = 0
+    over_ranks: bool = False
+
+
+def sizes(settings: Settings) -> Callable[[CellConfig], tuple[float, float]]:
+    """Return what says how large a cell is: GB of its training and FLOPs of all of it, as `plan` prints them; zeros for a cell
+    that cannot be, whose own failure comes later.
+
+    Args:
+        settings: runtime.compute=compact counts live weights alone.
+    """
+    compact = settings.runtime().compute == "compact"
+    known: dict[Any, tuple[float, float]] = {}
+
+    def of(cell: CellConfig) -> tuple[float, float]:
+        key = shape_key(cell)
+        if key not in known:
+            known[key] = (0.0, 0.0)
+            with suppress(ConfigError):
+                known[key] = (memory_gb(cell, compact=compact), flops(cell))
+        return known[key]
 
     return of
 

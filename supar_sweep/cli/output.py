@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,12 @@ def emit(
     """
     terminal = sys.stdout.isatty()
     sys.stdout.write(render(rows, columns, format, title=title, terminal=terminal))
+    sys.stdout.flush()
+
+
+def write_json(value: Any) -> None:
+    """Write one JSON value to stdout."""
+    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
     sys.stdout.flush()
 
 

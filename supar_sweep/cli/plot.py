@@ -9,11 +9,11 @@ from typing import Any
 
 from supar_sweep.cli.coord_check import check_config, read_rows
 from supar_sweep.cli.coord_check import draw as draw_check
-from supar_sweep.cli.grid import note_unread
 from supar_sweep.cli.launch import experiment_of
 from supar_sweep.cli.output import emit, say, say_written
 from supar_sweep.cli.rooms import room
 from supar_sweep.cli.settings import FIGURE, Settings
+from supar_sweep.cli.status import note_unread
 from supar_sweep.config.decode import decode
 from supar_sweep.config.fields import check_ranges, setting
 from supar_sweep.config.schema import CellConfig

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from supar_sweep.cli.grid import note_unread
 from supar_sweep.cli.launch import experiment_of
 from supar_sweep.cli.output import say_written
 from supar_sweep.cli.plot import emit_verdict, grid_rows, metric_of, own_figure, say_verdicts
 from supar_sweep.cli.rooms import room
 from supar_sweep.cli.settings import Settings
+from supar_sweep.cli.status import note_unread
 from supar_sweep.errors import RecordError
 from supar_sweep.sweep.files import read_json, write_file
 from supar_sweep.sweep.records import CellFolder, Store

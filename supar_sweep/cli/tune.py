@@ -64,7 +64,7 @@ def study(settings: Settings, launcher: Launcher) -> Winner:
         settings.runtime(),
         fingerprint=print_of_data,
         provenance=facts,
-        price=price(settings, launcher),
+        price=price(settings, launcher.processes),
     )
     with Live(f"tune {settings.study().name}") as live:
         clock = _Clock()

@@ -1,9 +1,10 @@
 """A job array as files: what each element trains, frozen before it is submitted, and what its cells say of it. No torch.
 
-    <runs>/slurm/<key>/groups.jsonl     a line an element: the jobs that it trains together
+    <runs>/slurm/<key>/groups.jsonl     a line an element: its groups of jobs, a process each, trained side by side
     <runs>/slurm/<key>/submission.sh    as it went to sbatch
     <runs>/slurm/<key>/submitted.json   {"job_id": ...}: written when sbatch had answered
     <runs>/slurm/<key>/<job>_<element>_0_log.out    what an element printed, all its starts one after another
+    <runs>/slurm/<key>/<job>_<element>_2_log.out    what its second process printed, where it has several
 
 The key is in the array's name, so an array whose submitter died before it could write submitted.json is found in the queue.
 """
@@ -14,7 +15,9 @@ import json
 import secrets
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +28,9 @@ from supar_sweep.sweep.records import COMPLETE_ENDS, CellFolder
 
 NAME_PREFIX = "supar-"
 LAST_WORDS_BYTES = 4096
+
+Group = Sequence[Job]
+"""The jobs that one process trains together."""
 
 
 @dataclass(frozen=True)
@@ -38,18 +44,19 @@ class ArrayFolder:
     path: Path
 
     @staticmethod
-    def new(parent: Path, groups: Sequence[Sequence[Job]]) -> ArrayFolder:
+    def new(parent: Path, elements: Sequence[Sequence[Group]]) -> ArrayFolder:
         """Return a new array's folder, its groups written.
 
         Args:
             parent: the folder of all arrays of a runs folder.
-            groups: the jobs of each element, in order.
+            elements: the groups of each element, in order.
 
         Raises:
             RecordError: the folder cannot be written.
         """
         folder = ArrayFolder(parent / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}")
-        lines = (json.dumps([dict(job) for job in group], sort_keys=True, allow_nan=False) + "\n" for group in groups)
+        plain = ([[dict(job) for job in group] for group in element] for element in elements)
+        lines = (json.dumps(element, sort_keys=True, allow_nan=False) + "\n" for element in plain)
         write_file(folder.path / "groups.jsonl", "".join(lines))
         return folder
 
@@ -63,8 +70,8 @@ class ArrayFolder:
         """Its name in the queue."""
         return NAME_PREFIX + self.key
 
-    def groups(self) -> list[list[Job]]:
-        """Return the jobs of each element.
+    def elements(self) -> list[list[list[Job]]]:
+        """Return the groups of each element.
 
         Raises:
             RecordError: the file is missing or torn.
@@ -86,13 +93,14 @@ class ArrayFolder:
         noted = read_json(self.path / "submitted.json")
         return str(noted["job_id"]) if noted else None
 
-    def log(self, element: str) -> Path:
-        """Return the file that an element prints to.
+    def log(self, element: str, process: int = 0) -> Path:
+        """Return the file that an element, or one of its processes, prints to.
 
         Args:
             element: as SLURM calls it, "<job id>_<index>".
+            process: which of several, from 1; 0 = the element's own.
         """
-        return self.path / f"{element}_0_log.out"
+        return self.path / f"{element}_{process}_log.out"
 
     def last_words(self, element: str) -> str:
         """Return the end of what an element printed, "" where it printed nothing.
@@ -108,6 +116,24 @@ class ArrayFolder:
             return ""
 
 
+def elements_of(parent: Path, cell_id: str) -> list[tuple[ArrayFolder, str]]:
+    """Return the elements of the last submitted array that was to train a cell; [] where there is none.
+
+    Args:
+        parent: the folder of all arrays of a runs folder.
+        cell_id: whose.
+    """
+    for path in sorted(parent.glob("*/groups.jsonl"), reverse=True):
+        array = ArrayFolder(path.parent)
+        with suppress(RecordError):
+            job_id = array.job_id()
+            elements = enumerate(array.elements()) if job_id else ()
+            found = [index for index, groups in elements if any(job["cell_id"] == cell_id for job in chain(*groups))]
+            if found:
+                return [(array, f"{job_id}_{index}") for index in found]
+    return []
+
+
 def stamped(job: Job, array: str, element: str, **facts: Any) -> dict[str, Any]:
     """Return the job with the array that runs it in its provenance: each attempt's record then tells whose it is.
 
@@ -115,7 +141,7 @@ def stamped(job: Job, array: str, element: str, **facts: Any) -> dict[str, Any]:
         job: the job.
         array: key of the array.
         element: "<job id>_<index>".
-        facts: further ones: node, restarts.
+        facts: further ones: node, restarts, process.
     """
     return {**job, "provenance": {**job["provenance"], "slurm": {"array": array, "element": element, **facts}}}
 
@@ -128,12 +154,14 @@ class OwnRecord(NamedTuple):
         message: one line on the cause.
         begun: the newest attempt is the array's.
         locked: a live process holds the cell.
+        died: its process was lost without a word, and another one wrote the end.
     """
 
     end: str | None = None
     message: str = ""
     begun: bool = False
     locked: bool = False
+    died: bool = False
 
 
 def own_record(folder: CellFolder, array: str) -> OwnRecord:
@@ -153,7 +181,8 @@ def own_record(folder: CellFolder, array: str) -> OwnRecord:
         said = read_json(attempts[-1] / "end.json") or {}
         if said.get("end") in COMPLETE_ENDS and (result := folder.result()) is None:
             return OwnRecord(None, "its result.json is gone", begun=True, locked=locked)
-        return OwnRecord(said.get("end"), str(said.get("message", "")), begun=True, locked=locked)
+        message, died = str(said.get("message", "")), bool(said.get("died"))
+        return OwnRecord(said.get("end"), message, begun=True, locked=locked, died=died)
     except RecordError as error:
         return OwnRecord(None, str(error))
 

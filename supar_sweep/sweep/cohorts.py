@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Container, Hashable, Mapping, Sequence
+from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 SHARES = 2
@@ -58,6 +58,19 @@ def take(todo: deque[str], prices: Mapping[str, Price], slots: int, alone: Conta
     todo.clear()
     todo.extend(left)
     return group
+
+
+def groups(left: Iterable[str], prices: Mapping[str, Price], slots: int) -> Iterator[list[str]]:
+    """Yield the groups of all these cells, the dearest first: what a queue is given, and what `plan` shows of it.
+
+    Args:
+        left: cell_ids.
+        prices: of each.
+        slots: processes that work on the grid, >= 1.
+    """
+    todo = deque(sorted(left, key=lambda this: -prices[this].cost))
+    while todo:
+        yield take(todo, prices, slots)
 
 
 def split(shapes: Sequence[Hashable], together: Sequence[int], slots: int) -> list[list[int]]:

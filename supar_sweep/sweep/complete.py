@@ -157,6 +157,7 @@ class _Run:
     interrupts: int = 0
     left: bool = False
     paid: float = 0.0
+    shown: dict[str, int] = field(default_factory=dict)
 
     def through(self, interrupts: Interrupts) -> Summary:
         """Take the grid to its end, and return the summary."""
@@ -182,7 +183,8 @@ class _Run:
                 time.sleep(POLL_S if self.elsewhere else 0)
             for event in events:
                 self._take(event)
-            if self._look_elsewhere() or events:
+            self._look_elsewhere()
+            if events or self._counts() != self.shown:
                 self._show()
         return self._summary(skipped, time.monotonic() - begun_s)
 
@@ -225,13 +227,12 @@ class _Run:
         """Act on Ctrl-C: the first lets cells save, the second kills them."""
         if interrupts.count <= self.interrupts:
             return
-        if self.interrupts == 0:
-            self.left = self.leave(interrupts)
-        count = interrupts.count
+        first = self.interrupts == 0
+        self.left = first and self.leave(interrupts)
+        self.interrupts = interrupts.count
         if self.left:
-            self.interrupts = count
             return
-        if self.interrupts == 0:
+        if first:
             self.progress.message("stopping: cells save and end (Ctrl-C again kills them)")
             known = self.launcher.known()
             for this in known.keys() & set(self.todo):  # an earlier `run` has submitted it: to be cancelled, too
@@ -239,9 +240,8 @@ class _Run:
             self.todo.clear()
             self.elsewhere.clear()
             self.launcher.cancel()
-        if count >= 2:
+        if self.interrupts >= 2:
             self.launcher.cancel(now=True)
-        self.interrupts = count
 
     def _submit(self, cells: list[str]) -> None:
         group = _Group(len(cells))
@@ -339,26 +339,23 @@ class _Run:
             if self.deaths[this]:
                 self._fail(event._replace(cell_id=this))
 
-    def _look_elsewhere(self) -> bool:
-        """Take up what another process let go of, and return whether anything changed."""
-        changed = False
+    def _look_elsewhere(self) -> None:
+        """Take up what another process let go of."""
         for this in list(self.elsewhere):
             state = cell_state(self.folders[this])
             if state.state == "running":
                 continue
-            changed = True
             self.elsewhere.discard(this)
             if state.complete:
                 self._finish(this, state)
             else:
                 self.todo.append(this)
-        return changed
 
     def _counts(self) -> dict[str, int]:
-        waiting = {*self.todo}
+        waiting = {*self.todo} | self.launcher.waiting()
         active = self.under_way.keys() | self.elsewhere
         counts = Counter(
-            "running" if this in active else "pending" if this in waiting else state.state
+            "pending" if this in waiting else "running" if this in active else state.state
             for this, state in self.states.items()
         )
         return {"n": len(self.states), **counts}
@@ -368,7 +365,8 @@ class _Run:
         left = sum(self.prices[this].cost for this in (*self.todo, *self.under_way, *self.elsewhere))
         elapsed_s = time.monotonic() - self.clock_s
         eta_s = elapsed_s * left / self.paid if self.paid > 0 else None
-        self.progress.update(self._counts(), eta_s)
+        self.shown = self._counts()
+        self.progress.update(self.shown, eta_s)
 
     def _summary(self, skipped: int, wall_s: float) -> Summary:
         kinds: dict[str, list[str]] = {}

@@ -5,11 +5,11 @@ Its counterpart is `complete`, which stays. Either continues what the other bega
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import NamedTuple, Protocol
 
-from supar_sweep.sweep.cohorts import Price, take
+from supar_sweep.sweep.cohorts import Price, groups
 from supar_sweep.sweep.jobs import Launcher, planned_job
 from supar_sweep.sweep.status import cell_state, folders, set_aside_torn
 from supar_sweep.sweep.submission import Experiment, Plan, PlannedCell
@@ -72,14 +72,11 @@ def hand_over(
         left = [this for this in states if this not in there | complete]
         for this in left:  # a torn result is moved out of the way of a new one
             set_aside_torn(cells[this], states[this])
-        todo = deque(sorted(left, key=lambda this: -prices[this].cost))
-        n_groups = len(there)
-        while todo and n_groups < launcher.slots:
-            launcher.submit(
-                [planned_job(experiment.store, cells[this], plan) for this in take(todo, prices, launcher.processes)]
-            )
-            n_groups += 1
-        held = launcher.flush() | {*todo}
+        beyond = {*left}
+        for group in islice(groups(left, prices, launcher.processes), max(0, launcher.slots - len(there))):
+            launcher.submit([planned_job(experiment.store, cells[this], plan) for this in group])
+            beyond -= {*group}
+        held = launcher.flush() | beyond
         refused = {event.cell_id: event.message for event in launcher.events(0) if event.end == "failed"}
         return Handover(
             complete=len(complete),

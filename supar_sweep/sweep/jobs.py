@@ -100,6 +100,9 @@ class Launcher(Protocol):
         followed.
         """
 
+    def waiting(self) -> set[str]:
+        """Return the cells that were submitted and have not begun, as far as was seen."""
+
     def withdraw(self) -> set[str]:
         """Take back what has not begun, and return its cell_ids: these have no event."""
 

@@ -175,7 +175,9 @@ class CellFolder:
             return False
         return self.close_attempt(end, message, lambda info: info.get("pid") == pid and info.get("host") == here)
 
-    def close_attempt(self, end: End, message: str, ours: Callable[[Mapping[str, Any]], bool]) -> bool:
+    def close_attempt(
+        self, end: End, message: str, ours: Callable[[Mapping[str, Any]], bool], *, died: bool = False
+    ) -> bool:
         """Write how the newest attempt ended, in the place of its process, or over what that had to say.
 
         Returns whether it was written: never while a live process holds the cell.
@@ -184,6 +186,7 @@ class CellFolder:
             end: how it ended.
             message: what is known of the cause.
             ours: whether the attempt's facts (attempt.json) are those of the process that is meant.
+            died: note that its process was lost without a word, for who decides on another try.
         """
         attempts = self.attempts()
         if not attempts or self.is_locked():
@@ -191,7 +194,8 @@ class CellFolder:
         with suppress(RecordError):
             if ours(read_json(attempts[-1] / "attempt.json") or {}):
                 said = read_json(attempts[-1] / "end.json") or {}
-                write_json(attempts[-1] / "end.json", {**said, "end": end, "message": message})
+                noted = {"died": True} if died else {}
+                write_json(attempts[-1] / "end.json", {**said, "end": end, "message": message, **noted})
                 return True
         return False
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 
 from supar_sweep.errors import RecordError
+from supar_sweep.sweep.pace import Spent, spent
 from supar_sweep.sweep.records import COMPLETE_ENDS, CellFolder, End, Store
 from supar_sweep.sweep.submission import Experiment, Plan
 
@@ -33,12 +34,14 @@ class CellState(NamedTuple):
         message: one line on the cause; "" where the state says it all.
         attempts: how often it was begun.
         log: the traceback or folder to look into; "" where there is none.
+        spent: what a complete one took; None else.
     """
 
     state: str
     message: str = ""
     attempts: int = 0
     log: str = ""
+    spent: Spent | None = None
 
     @property
     def complete(self) -> bool:
@@ -78,7 +81,7 @@ def cell_state(folder: CellFolder) -> CellState:
 
 
 def _complete(result: Mapping[str, Any]) -> CellState:
-    return CellState(result["end"], attempts=int(result.get("attempt", 1)))
+    return CellState(result["end"], attempts=int(result.get("attempt", 1)), spent=spent(result))
 
 
 def set_aside_torn(folder: CellFolder, state: CellState) -> None:
@@ -95,15 +98,17 @@ def set_aside_torn(folder: CellFolder, state: CellState) -> None:
         folder.set_aside_result()
 
 
-def states(experiment: Experiment, plan: Plan) -> dict[str, CellState]:
+def states(experiment: Experiment, plan: Plan, known: Mapping[str, CellState] | None = None) -> dict[str, CellState]:
     """Return where each cell of the plan stands, by id.
 
     Args:
         experiment: the place of the plan; a live `run` of it turns missing cells into pending ones.
         plan: the plan.
+        known: what an earlier call returned: cells that were complete then are not read again.
     """
     alive = experiment.runner() is not None
-    found = {this: cell_state(folder) for this, folder in folders(experiment.store, plan).items()}
+    complete = {this: state for this, state in (known or {}).items() if state.complete}
+    found = {this: complete.get(this) or cell_state(folder) for this, folder in folders(experiment.store, plan).items()}
     if not alive:
         return found
     return {
@@ -150,7 +155,7 @@ def _count(group: dict[str, Any], members: Iterable[str]) -> dict[str, Any]:
 
 
 def first_errors(plan: Plan, found: Mapping[str, CellState]) -> list[dict[str, Any]]:
-    """Return one row a kind of trouble: state, how many cells, and the first one's message and log.
+    """Return one row a kind of trouble: state, how many cells, and the first one's message and log, with how often it was begun.
 
     Args:
         plan: the plan.
@@ -160,7 +165,12 @@ def first_errors(plan: Plan, found: Mapping[str, CellState]) -> list[dict[str, A
     for this, state in found.items():
         if not state.message:
             continue
-        first = {"cell": f"{plan.cells[this].label}-{this}", "message": state.message}
+        tries = f"; begun {state.attempts} times" if state.attempts > 1 else ""
+        first = {
+            "cell": f"{plan.cells[this].label}-{this}",
+            "message": state.message + tries,
+            "attempts": state.attempts,
+        }
         row = rows.setdefault(state.state, {"state": state.state, "n": 0, **first, "log": state.log})
         row["n"] += 1
     return list(rows.values())

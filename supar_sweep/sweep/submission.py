@@ -26,6 +26,7 @@ from supar_sweep.config.fields import check_folder_name
 from supar_sweep.config.schema import CellConfig, DataConfig, RuntimeConfig
 from supar_sweep.errors import ConfigError, RecordError, SuparError
 from supar_sweep.sweep import locks
+from supar_sweep.sweep.code import code_version
 from supar_sweep.sweep.files import read_json, write_json
 from supar_sweep.sweep.identity import cell_id, label
 from supar_sweep.sweep.interrupt import CANCEL
@@ -238,7 +239,7 @@ class Experiment:
 
 
 def provenance(package: Path, versions: Mapping[str, str]) -> dict[str, Any]:
-    """Return the facts of a submission: code version, packages, command line, host, time.
+    """Return the facts of a submission: code version (git's, and a hash of the files), packages, command line, host, time.
 
     Args:
         package: folder of the code whose version counts: supar_sweep's own.
@@ -246,6 +247,7 @@ def provenance(package: Path, versions: Mapping[str, str]) -> dict[str, Any]:
     """
     return {
         **_git(package.resolve()),
+        "code": code_version(package),
         "versions": dict(versions),
         "argv": list(sys.argv),
         "host": socket.gethostname(),

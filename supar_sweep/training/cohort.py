@@ -75,6 +75,11 @@ class Cohort:
         self._sizes = [] if largest >= self._limit else _halves(self._limit)
         self._size = min(fastest, self._limit) or 1
 
+    @property
+    def settled(self) -> bool:
+        """Whether it is known how many share a pass."""
+        return not self._sizes
+
     def choose(self) -> list[Run]:
         """Return the runs to step next; [] when all have come out."""
         if self._sizes:

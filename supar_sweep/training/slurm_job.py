@@ -1,6 +1,8 @@
-"""One element of a job array: trains its group of cells, and leaves so that SLURM does the right thing next.
+"""One element of a job array: trains its cells, and leaves so that SLURM does the right thing next.
 
-    python -m supar_sweep.training.slurm_job <array folder> <function> <timeout_s> <signal_delay_s> <ranks>
+    python -m supar_sweep.training.slurm_job <array folder> <function> <timeout_s> <signal_delay_s> <ranks> [<process>]
+
+Several groups of cells are trained by a process each (packing.py); such a process is told its number, from 1.
 
     SIGUSR2 near the time limit           timeout: save at the next step, ask SLURM for a requeue, leave with 143
     SIGTERM or SIGUSR2 while the job is   preempted: as above. SLURM has announced a preemption, and would take a process
@@ -23,19 +25,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from supar_sweep.errors import RecordError
+from supar_sweep.errors import BusyError, RecordError
 from supar_sweep.sweep.arrays import ArrayFolder, own_record, stamped
+from supar_sweep.sweep.code import code_problem, code_version
 from supar_sweep.sweep.files import read_json, write_json
 from supar_sweep.sweep.jobs import Job, folder_of
+from supar_sweep.sweep.records import Attempt
 from supar_sweep.training.environment import prepare_process
 from supar_sweep.training.member import Stop
+from supar_sweep.training.packing import HEARD, SideBySide
 from supar_sweep.training.ranks import Ranks, join
 from supar_sweep.training.worker import RUN_CELLS, RunCells, find, work
 
@@ -57,19 +63,31 @@ class Signals:
     Args:
         timeout_s: the job's time limit.
         signal_delay_s: how long before it SIGUSR2 is asked for.
+        led: the parent is the element's process, whose end is this one's.
     """
 
-    def __init__(self, timeout_s: float, signal_delay_s: float) -> None:
-        self.why: Stop | None = None
+    def __init__(self, timeout_s: float, signal_delay_s: float, *, led: bool = False) -> None:
+        self._why: Stop | None = None
+        self._parent = os.getppid() if led else None
         self._begun_s = time.monotonic()
         self._limit_near_s = timeout_s - signal_delay_s - EARLY_S
-        signal.signal(signal.SIGTERM, self._hear)
-        signal.signal(signal.SIGUSR2, self._hear)
+        self.hand_on: Callable[[int], None] = lambda number: None
+        for number in HEARD:
+            signal.signal(number, self._hear)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)
+
+    @property
+    def why(self) -> Stop | None:
+        """Why to stop; None = go on."""
+        if self._why is None and self._parent not in (None, os.getppid()):
+            self._why = "cancelled"
+        return self._why
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        if self.why is None:
-            self.why = self._meaning(number)
-            os.write(2, f"{signal.Signals(number).name}: {self.why}, saving\n".encode())
+        self.hand_on(number)
+        if self._why is None:
+            self._why = self._meaning(number)
+            os.write(2, f"{signal.Signals(number).name}: {self._why}, saving\n".encode())
 
     def _meaning(self, number: int) -> Stop:
         if number == signal.SIGUSR2 and time.monotonic() - self._begun_s >= self._limit_near_s:
@@ -77,14 +95,25 @@ class Signals:
         return "preempted" if number == signal.SIGUSR2 or state_now() == "RUNNING" else "cancelled"
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Train the element's cells, and return the exit code.
+def command(*arguments: str) -> list[str]:
+    """Return the words that start an element, or one of its processes.
 
     Args:
-        arguments: the array's folder, the function to call ("module:name"), timeout_s, signal_delay_s, and how many tasks
-            train a cell together.
+        arguments: see `main`.
     """
-    signals = Signals(float(arguments[2]), float(arguments[3]))
+    # -P: the working folder is not where modules come from, unless PYTHONPATH says so
+    return [sys.executable, "-P", "-u", "-m", "supar_sweep.training.slurm_job", *arguments]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Train the element's cells, or those of one of its processes, and return the exit code.
+
+    Args:
+        arguments: the array's folder, the function to call ("module:name"), timeout_s, signal_delay_s, how many tasks train a
+            cell together; a process's number.
+    """
+    number = int(arguments[5]) if len(arguments) > 5 else None
+    signals = Signals(float(arguments[2]), float(arguments[3]), led=number is not None)
     faulthandler.enable()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
     folder, function = ArrayFolder(Path(arguments[0])), arguments[1]
@@ -92,17 +121,32 @@ def main(arguments: Sequence[str]) -> int:
     element = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{index}"
     restarts, node = int(os.environ.get("SLURM_RESTART_COUNT", "0")), os.environ.get("SLURMD_NODENAME", "")
     log.info("%s on %s, start %d", element, node, restarts + 1)
-    jobs = [stamped(job, folder.key, element, node=node, restarts=restarts) for job in folder.groups()[index]]
-    ranks = join(lambda: signals.why, world_size=int(arguments[4]), device=str(jobs[0]["runtime"]["device"]))
-    ends = ranks.from_first(lambda: {job["cell_id"]: own_record(folder_of(job), folder.key).end or "" for job in jobs})
-    left = [job for job in jobs if ends[job["cell_id"]] not in SETTLED]
-    if left:
-        if function == RUN_CELLS:
-            prepare_process(int(left[0]["runtime"]["threads"]))
-        before = {job["cell_id"]: steps_done(job) for job in left}
-        ends |= train(left, find(function), ranks)
-        stopped = [job for job in left if ends[job["cell_id"]] not in SETTLED]
-        if stopped and ranks.is_first and not ranks.lost:
+    groups = dict(enumerate(folder.elements()[index], 1))
+    code = code_version()
+    facts = {"node": node, "restarts": restarts, "code": code} | ({"process": number} if number else {})
+    jobs = [
+        [stamped(job, folder.key, element, **facts) for job in group]
+        for this, group in groups.items()
+        if number in (None, this)
+    ]
+    ranks = join(lambda: signals.why, world_size=int(arguments[4]), device=str(jobs[0][0]["runtime"]["device"]))
+    ends = ranks.from_first(lambda: ends_of(chain.from_iterable(jobs), folder))
+    left = {this: [job for job in group if ends[job["cell_id"]] not in SETTLED] for this, group in enumerate(jobs, 1)}
+    if unsettled := [*chain.from_iterable(left.values())]:
+        before = {job["cell_id"]: steps_done(job) for job in unsettled}
+        if problem := ranks.from_first(lambda: code_problem(code)):
+            ends |= refused(unsettled if ranks.is_first else (), problem)
+        elif len(jobs) > 1:
+            processes = SideBySide(folder, element, command(*arguments))
+            signals.hand_on = processes.hand_on
+            processes.train({this: group for this, group in left.items() if group}, lambda: signals.why)
+            ends = ends_of(chain.from_iterable(jobs), folder)
+        else:
+            if function == RUN_CELLS:
+                prepare_process(int(unsettled[0]["runtime"]["threads"]))
+            ends |= train(unsettled, find(function), ranks)
+        stopped = [job for job in unsettled if ends[job["cell_id"]] not in SETTLED]
+        if stopped and number is None and ranks.is_first and not ranks.lost:
             go_on(element, stopped, before, ranks.why())
     why = ranks.why()
     ranks.leave()
@@ -114,6 +158,33 @@ def main(arguments: Sequence[str]) -> int:
     if why is not None and any(end not in SETTLED for end in ends.values()):
         return LEFT
     return int(any(end not in ("done", "diverged") for end in ends.values()))
+
+
+def refused(jobs: Sequence[Job], problem: str) -> dict[str, str]:
+    """Return the ends of cells that are not to be trained, "failed", each written into an attempt.
+
+    Args:
+        jobs: of the cells.
+        problem: one line on the cause.
+    """
+    for job in jobs:
+        log.error("%s: %s", job["cell_id"], problem)
+        with (
+            suppress(BusyError, RecordError),
+            Attempt(folder_of(job), job["cell"], {"provenance": job["provenance"]}) as attempt,
+        ):
+            attempt.end("failed", problem)
+    return {job["cell_id"]: "failed" for job in jobs}
+
+
+def ends_of(jobs: Iterable[Job], array: ArrayFolder) -> dict[str, str]:
+    """Return how each cell has ended as far as its record says, "" = not yet, by cell_id.
+
+    Args:
+        jobs: of the cells.
+        array: that trains them.
+    """
+    return {job["cell_id"]: own_record(folder_of(job), array.key).end or "" for job in jobs}
 
 
 def train(jobs: Sequence[Job], run: RunCells, ranks: Ranks) -> dict[str, str]:
@@ -149,9 +220,21 @@ def train(jobs: Sequence[Job], run: RunCells, ranks: Ranks) -> dict[str, str]:
 def state_now() -> str:
     """Return what SLURM calls this job now, "" where it does not answer."""
     with suppress(OSError, subprocess.TimeoutExpired):
-        command = ["squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "--Format=State:|"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S).stdout.strip().strip("|")
+        return ask("squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "--Format=State:|").stdout.strip().strip("|")
     return ""
+
+
+def ask(*command: str) -> subprocess.CompletedProcess[str]:
+    """Return what a command of SLURM's answers. A signal of SLURM's goes to every process of the step, and so to the question
+    that it raises: one that was killed is asked again.
+
+    Args:
+        command: its words.
+    """
+    while True:
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S)
+        if asked.returncode not in (-signal.SIGTERM, -signal.SIGUSR2):
+            return asked
 
 
 def go_on(element: str, stopped: Sequence[Job], before: Mapping[str, int], why: Stop | None) -> None:
@@ -188,7 +271,7 @@ def again(element: str, stopped: Sequence[Job]) -> None:
         stopped: jobs of the cells that were not at their end.
     """
     try:
-        asked = subprocess.run(["scontrol", "requeue", element], capture_output=True, text=True, timeout=ANSWER_S)
+        asked = ask("scontrol", "requeue", element)
         refusal = " ".join(asked.stderr.split()) if asked.returncode != 0 else ""
     except (OSError, subprocess.TimeoutExpired) as error:
         refusal = str(error)
