@@ -20,6 +20,7 @@ from supar_sweep.sweep.status import (
 )
 from supar_sweep.sweep.submission import Experiment, Plan, make_plan
 from tests import fake_cells
+from tests.clusters import PATIENCE_S
 from tests.tiny import tiny_cell, tiny_runtime
 
 
@@ -32,8 +33,8 @@ def job_of(runs: Path, seed: int) -> dict[str, Any]:
     return make_job(Store(runs / "cells"), tiny_cell(seed=seed), tiny_runtime(), "data", {})
 
 
-def wait_for(condition: Callable[[], object], timeout_s: float = 30) -> None:
-    deadline_s = time.monotonic() + timeout_s
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline_s = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < deadline_s
         time.sleep(0.02)

@@ -184,7 +184,7 @@ def test_a_run_killed_in_a_round_continues(capsys: pytest.CaptureFixture[str], w
         counted = [state.complete for state in states(experiment, experiment.plan()).values()]
         return N_OWN < sum(counted) < len(counted)
 
-    wait_for(in_a_round, timeout_s=120)
+    wait_for(in_a_round)
     process.kill()
     process.wait()
     run(capsys, tmp_path, slow, "extend=true", BOUNDLESS)

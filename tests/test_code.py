@@ -20,6 +20,7 @@ from supar_sweep.sweep.jobs import folder_of
 from supar_sweep.sweep.status import cell_state
 from supar_sweep.training.slurm_job import command
 from tests import cluster_cells
+from tests.clusters import PATIENCE_S
 from tests.test_launchers_slurm import assert_whole_curve, job_of
 
 EDITED = "raise SystemExit('the checkout, as it was edited')\n"
@@ -43,7 +44,7 @@ def start(array: ArrayFolder, environment: dict[str, str]) -> subprocess.Complet
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
 
 

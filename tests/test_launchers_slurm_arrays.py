@@ -54,7 +54,7 @@ def process_of(job: Any) -> int:
 def test_processes_of_an_element_end_apart_and_go_on_together_after_a_preemption(
     slurm: Cluster, runs_dir: Path
 ) -> None:
-    slow = [job_of(runs_dir, seed, steps=250) for seed in range(2)]
+    slow = [job_of(runs_dir, seed, steps=400) for seed in range(2)]
     seeds = (cluster_cells.RAISES, cluster_cells.EXITS, cluster_cells.KILLED, cluster_cells.GROWS)
     bad = [job_of(runs_dir, seed, steps=20) for seed in seeds]
     jobs = [*slow, *bad]
@@ -75,7 +75,7 @@ def test_processes_of_an_element_end_apart_and_go_on_together_after_a_preemption
     assert [(ends[job["cell_id"]].end, ends[job["cell_id"]].died) for job in jobs] == expected
     assert [cell_state(folder_of(job)).state for job in jobs] == [end for end, _ in expected]
     for job in slow:
-        assert_whole_curve(job, 250)
+        assert_whole_curve(job, 400)
         assert [path.name for path in folder_of(job).attempts()] == ["0001", "0002"]
     assert slurm.field(element, "Restarts") == "1"
     for job in bad:

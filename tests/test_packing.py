@@ -22,6 +22,7 @@ from supar_sweep.sweep.status import cell_state
 from supar_sweep.training.packing import kernel_limit_gb, kernel_ooms, memory_gb
 from supar_sweep.training.slurm_job import LEFT, command
 from tests import cluster_cells
+from tests.clusters import PATIENCE_S
 from tests.grids import alive, wait_for
 from tests.test_launchers_slurm import assert_whole_curve, begun, job_of
 
@@ -56,7 +57,7 @@ def test_what_one_process_does_no_other_notices(runs_dir: Path) -> None:
     seeds = (cluster_cells.RAISES, cluster_cells.EXITS, cluster_cells.KILLED)
     raises, exits, killed, *good = jobs = [job_of(runs_dir, seed) for seed in (*seeds, 0, 1, 2)]
     array = array_of(runs_dir, [[raises, good[0]], [exits], [killed], good[1:]])
-    assert start(array).wait(60) == 1
+    assert start(array).wait(PATIENCE_S) == 1
     assert [cell_state(folder_of(job)).state for job in jobs] == ["failed"] * 3 + ["done"] * 3
     for job in good:
         assert_whole_curve(job, 6)
@@ -79,7 +80,7 @@ def test_the_hungriest_is_ended_before_slurm_ends_them_all(runs_dir: Path) -> No
     hungry, *others = [job_of(runs_dir, seed, steps=30) for seed in (cluster_cells.HUNGRY, 0, 1)]
     array = array_of(runs_dir, [[others[0]], [hungry], [others[1]]])
     assert kernel_limit_gb() > 0.5, "too small a machine"
-    assert start(array, SLURM_MEM_PER_NODE="400").wait(60) == 1
+    assert start(array, SLURM_MEM_PER_NODE="400").wait(PATIENCE_S) == 1
     assert [cell_state(folder_of(job)).state for job in (hungry, *others)] == ["oom", "done", "done"]
     assert "GB of the 0.42 GB that the element's 3 processes share" in end_of(hungry)["message"]
     assert not own_record(folder_of(hungry), array.key).died
@@ -89,21 +90,21 @@ def test_the_hungriest_is_ended_before_slurm_ends_them_all(runs_dir: Path) -> No
 def test_a_signal_reaches_all_one_asks_for_a_requeue_and_a_new_start_goes_on(
     runs_dir: Path, number: int, asks: int
 ) -> None:
-    jobs = [job_of(runs_dir, seed, steps=30) for seed in range(3)]
+    jobs = [job_of(runs_dir, seed, steps=100) for seed in range(3)]
     array = array_of(runs_dir, [[job] for job in jobs])
     element = start(array)
     wait_for(lambda: all(begun(job, steps=2) for job in jobs))
     element.send_signal(number)
-    assert element.wait(60) == LEFT
+    assert element.wait(PATIENCE_S) == LEFT
     done_steps = [len(folder_of(job).metrics()) for job in jobs]
-    assert all(2 <= steps < 30 for steps in done_steps)
+    assert all(2 <= steps < 100 for steps in done_steps)
     assert [end_of(job)["end"] for job in jobs] == ["cancelled"] * 3
     # nobody is there to be asked: the refusal tells that one asked, and which
     logs = [array.log(ELEMENT, process).read_text() for process in range(4)]
     assert [log.count("not requeued: ") for log in logs] == [asks, 0, 0, 0]
-    assert start(array, SLURM_RESTART_COUNT="1").wait(60) == 0
+    assert start(array, SLURM_RESTART_COUNT="1").wait(PATIENCE_S) == 0
     for job in jobs:
-        assert_whole_curve(job, 30)
+        assert_whole_curve(job, 100)
         assert [int(path.name) for path in folder_of(job).attempts()] == [1, 2]
 
 
@@ -111,7 +112,7 @@ def test_a_new_start_leaves_alone_what_has_ended(runs_dir: Path) -> None:
     jobs = [job_of(runs_dir, seed) for seed in (cluster_cells.RAISES, 0)]
     array = array_of(runs_dir, [[job] for job in jobs])
     for restart in ("0", "1"):
-        assert start(array, SLURM_RESTART_COUNT=restart).wait(60) == 1
+        assert start(array, SLURM_RESTART_COUNT=restart).wait(PATIENCE_S) == 1
     assert [len(folder_of(job).attempts()) for job in jobs] == [1, 1]
 
 
@@ -147,7 +148,7 @@ def test_each_has_a_tmpdir_and_a_gpu_of_its_own(
     jobs = [job_of(runs_dir, seed) for seed in range(4)]
     array = array_of(runs_dir, [[job] for job in jobs])
     given = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}
-    assert start(array, f"{__name__}:{tell_surroundings.__name__}", **given).wait(60) == 0
+    assert start(array, f"{__name__}:{tell_surroundings.__name__}", **given).wait(PATIENCE_S) == 0
     results = [folder_of(job).result() or {} for job in jobs]
     assert [result["here"]["gpu"] for result in results] == seen
     folders = {result["here"]["tmpdir"] for result in results}

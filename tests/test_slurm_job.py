@@ -1,28 +1,36 @@
-"""What an element asks SLURM while SLURM is signalling it; the rest of it is tested on a real cluster."""
+"""What an element makes of SLURM's signals; the rest of it is tested on a real cluster."""
 
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from supar_sweep.training.slurm_job import state_now
-
-KILLED_ONCE = """#!/bin/sh
-if mkdir {flag}; then kill -{signal} $$; fi
-echo "RUNNING|"
-"""
+from supar_sweep.training.slurm_job import Signals
 
 
-@pytest.mark.parametrize("signal", ["TERM", "USR2"])
-def test_a_question_that_slurms_signal_killed_is_asked_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signal: str
+@pytest.fixture
+def signals(monkeypatch: pytest.MonkeyPatch) -> Iterator[Signals]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    yield Signals(timeout_s=600, signal_delay_s=30)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("state", "why"),
+    [("RUNNING", "preempted"), ("SIGNALING", "preempted"), ("COMPLETING", "cancelled"), ("", "cancelled")],
+)
+def test_a_job_that_slurm_lets_run_on_is_preempted_and_not_cancelled(
+    signals: Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str, why: str
 ) -> None:
     squeue = tmp_path / "squeue"
-    squeue.write_text(KILLED_ONCE.format(flag=tmp_path / "asked", signal=signal))
+    squeue.write_text(f"#!/bin/sh\necho '{state}|'\n")
     squeue.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path) + os.pathsep + os.environ["PATH"])
-    monkeypatch.setenv("SLURM_JOB_ID", "1")
-    assert state_now() == "RUNNING"
-    assert (tmp_path / "asked").exists()
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert signals.why == why

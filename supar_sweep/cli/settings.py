@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,8 +51,6 @@ class Settings:
         Raises:
             ConfigError: an unknown key, format or scale, an hparams_file that cannot be read.
         """
-        from omegaconf import OmegaConf
-
         _check_scale(config, overrides)
         _check_path("hparams_file", config.get("hparams_file"), missing=True)
         winner = None
@@ -60,6 +58,16 @@ class Settings:
             winner = load_winner(Path(config.hparams_file))
             # before anything is resolved, so that a setting that refers to a hyperparameter gets the file's
             config = _with_hparams(config, winner, overrides)
+        elif "hparams" not in (typed := Settings("", {}, overrides).given("hparams")):
+            config = _with_row(config, typed)
+        return Settings._resolved(command, config, overrides, folders, winner)
+
+    @staticmethod
+    def _resolved(
+        command: str, config: DictConfig, overrides: tuple[str, ...], folders: tuple[str, ...], winner: Winner | None
+    ) -> Settings:
+        from omegaconf import OmegaConf
+
         plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         added = [text.lstrip("+").partition("=")[0] for text in overrides if text.startswith("+")]
         added_tops = {key.partition(".")[0].partition("@")[0] for key in added}
@@ -81,8 +89,7 @@ class Settings:
         config = self.config.copy()
         OmegaConf.update(config, "hparams", encode(winner.hparams), merge=False)
         OmegaConf.update(config, "base", encode(winner.base), merge=False)
-        OmegaConf.update(config, "hparams_file", None)
-        return replace(Settings.read(self.command, config, self.overrides, self.folders), winner=winner)
+        return Settings._resolved(self.command, config, self.overrides, self.folders, winner)
 
     @property
     def format(self) -> str:
@@ -209,6 +216,23 @@ def _check_scale(config: DictConfig, overrides: tuple[str, ...]) -> None:
     elif scale not in scales:
         problem = f"experiment={name} has no such scale"
         raise ConfigError("scale", problem, value=scale, allowed=list(map(str, scales)), nearest_to=str(scale))
+
+
+def _with_row(config: DictConfig, typed: tuple[str, ...]) -> DictConfig:
+    """Return the config with the hyperparameters that the scale's row has of its own, `scales.<scale>.hparams`.
+
+    Args:
+        config: not yet resolved.
+        typed: keys of the command line, which win.
+    """
+    from omegaconf import OmegaConf
+
+    own = OmegaConf.select(config, f"scales.{config.get('scale')}.hparams") or {}
+    config = config.copy()
+    for name, value in own.items():
+        if f"hparams.{name}" not in typed:
+            OmegaConf.update(config, f"hparams.{name}", value)
+    return config
 
 
 def _with_hparams(config: DictConfig, winner: Winner, overrides: tuple[str, ...]) -> DictConfig:

@@ -53,6 +53,9 @@ EARLY_S = 65.0
 BUSY_POLL_S = 2.0
 ANSWER_S = 20.0
 LEFT = 128 + signal.SIGTERM
+RUNS_ON = ("RUNNING", "SIGNALING")
+"""What SLURM calls a job that it means to let run on for now: the second, while the signal is on its way."""
+
 SETTLED = ("done", "diverged", "failed", "oom")
 """Ends that a requeued element does not try again: data, and what would only fail once more."""
 
@@ -92,7 +95,11 @@ class Signals:
     def _meaning(self, number: int) -> Stop:
         if number == signal.SIGUSR2 and time.monotonic() - self._begun_s >= self._limit_near_s:
             return "timeout"
-        return "preempted" if number == signal.SIGUSR2 or state_now() == "RUNNING" else "cancelled"
+        if number == signal.SIGUSR2:
+            return "preempted"
+        state = state_now()
+        os.write(2, f"SLURM calls the job {state or 'nothing'}\n".encode())
+        return "preempted" if state in RUNS_ON else "cancelled"
 
 
 def command(*arguments: str) -> list[str]:
@@ -220,21 +227,9 @@ def train(jobs: Sequence[Job], run: RunCells, ranks: Ranks) -> dict[str, str]:
 def state_now() -> str:
     """Return what SLURM calls this job now, "" where it does not answer."""
     with suppress(OSError, subprocess.TimeoutExpired):
-        return ask("squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "--Format=State:|").stdout.strip().strip("|")
+        command = ["squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "--Format=State:|"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S).stdout.strip().strip("|")
     return ""
-
-
-def ask(*command: str) -> subprocess.CompletedProcess[str]:
-    """Return what a command of SLURM's answers. A signal of SLURM's goes to every process of the step, and so to the question
-    that it raises: one that was killed is asked again.
-
-    Args:
-        command: its words.
-    """
-    while True:
-        asked = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S)
-        if asked.returncode not in (-signal.SIGTERM, -signal.SIGUSR2):
-            return asked
 
 
 def go_on(element: str, stopped: Sequence[Job], before: Mapping[str, int], why: Stop | None) -> None:
@@ -271,7 +266,7 @@ def again(element: str, stopped: Sequence[Job]) -> None:
         stopped: jobs of the cells that were not at their end.
     """
     try:
-        asked = ask("scontrol", "requeue", element)
+        asked = subprocess.run(["scontrol", "requeue", element], capture_output=True, text=True, timeout=ANSWER_S)
         refusal = " ".join(asked.stderr.split()) if asked.returncode != 0 else ""
     except (OSError, subprocess.TimeoutExpired) as error:
         refusal = str(error)
