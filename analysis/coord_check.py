@@ -53,7 +53,9 @@ def draw(found: CoordinateSet) -> Figure:
             grid[-1, 0].invert_xaxis()
         n = style.seeds_text(found.n_seeds, found.n_seeds)
         at = style.fixed_text(found.fixed)
-        style.heading(drawn, f"{NAMES[found.statistic]}, {at}, {n}")
+        threshold = found.panels[0].test.threshold
+        rule = f"pass: 95% CI of the slope within \N{PLUS-MINUS SIGN}{threshold:g} of the expected one"
+        style.heading(drawn, f"{NAMES[found.statistic]}, {at}, {n}, {rule}")
         shown = steps if len(steps) <= 6 else [steps[round(i * (len(steps) - 1) / 4)] for i in range(5)]
         handles = [Line2D([], [], color=colors[step]) for step in shown]
         style.legend(drawn, handles, [f"step {step}" for step in shown])
@@ -71,7 +73,8 @@ def _panel(axes: Axes, panel: CoordinatePanel, colors: dict[int, str]) -> None:
     _expected(axes, panel)
     test = panel.test
     claim = "nothing expected" if test.expected is None else f"expected {test.expected:g}: {test.answer}"
-    text = f"slope {test.slope:+.2f}, {claim}"
+    ci = "" if test.ci is None else f" ({test.ci[0]:+.2f} to {test.ci[1]:+.2f})"
+    text = f"slope {test.slope:+.2f}{ci}\n{claim}"
     axes.annotate(
         text.replace("-", "\N{MINUS SIGN}"),
         (0.03, 0.95),
@@ -100,7 +103,7 @@ def _limits(axes: Axes, panels: Sequence[CoordinatePanel]) -> None:
     low, high = min(values), max(values)
     spare = max(_LEAST_SPAN_OCTAVES - (high - low), 0.0) / 2
     span = high - low + 2 * spare
-    axes.set_ylim(low - spare - 0.06 * span, high + spare + 0.28 * span)
+    axes.set_ylim(low - spare - 0.06 * span, high + spare + 0.36 * span)
 
 
 def save(drawn: Figure, found: CoordinateSet, stem: Path) -> list[Path]:

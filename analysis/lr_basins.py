@@ -75,8 +75,8 @@ def loss_limits(basins: BasinSet) -> tuple[float, float]:
     means = [point.mean for line in lines for point in line.points if point.mean is not None]
     if not means:
         return 0.0, 1.0
-    lowest = min(means)
     floors = [line.optimum.best_loss for line in lines if line.optimum.best_loss is not None]
+    lowest = min([*means, *floors])  # a fitted optimum may lie below every mean
     top = min(float(np.quantile(means, 0.85)), lowest + _EXCESS_SHOWN * abs(lowest))
     top = max(top, 1.5 * max([*floors, lowest]) - 0.5 * lowest, lowest + _LEAST_EXCESS * abs(lowest))
     span = top - lowest

@@ -24,6 +24,7 @@ from supar_sweep.errors import ConfigError
 
 from . import basins, style
 from .basins import Line, Panel, lr_basins, points_of
+from .fit import Side
 from .frames import (
     SWEPT,
     axes_of,
@@ -45,7 +46,8 @@ At = Literal["as run", "transferred", "own best"]
 class Point:
     """One point of a line: the seeds' losses at, or nearest to, the value of the swept axis that is shown.
 
-    `loss` is the fitted basin's where it was swept, else the mean of the losses; None where runs diverge or are missing.
+    `loss` is the fitted basin's where it was swept, else the mean of the losses; None where runs diverge or are missing. Where
+    it is `censored`, its best value lies beyond the grid: the lowest measured, an upper bound.
     """
 
     x: float
@@ -54,6 +56,7 @@ class Point:
     n_diverged: int = 0
     log2_swept: float | None = None
     note: str = ""
+    censored: bool = False
 
     @property
     def stderr(self) -> float | None:
@@ -75,7 +78,8 @@ class Curve:
 class Gain:
     """How far the reference method's loss lies below another's at one x, in % of the other's.
 
-    `stderr`: over seeds, paired where both have them; None with fewer than two.
+    `stderr`: over seeds, paired where both have them; None with fewer than two. `side`: where one of the two losses is an upper
+    bound, because its best value lies beyond the grid, so is the gain one ("high": it is at least `percent`).
     """
 
     col: str
@@ -84,6 +88,7 @@ class Gain:
     x: float
     percent: float
     stderr: float | None
+    side: Side | None = None
 
 
 @dataclass(frozen=True)
@@ -187,7 +192,7 @@ def _own_best(line: Line) -> Point:
     point = lowest if best.x is None else _nearest(line, best.x)
     note = "best at the grid's edge" if best.censored else ""
     at = point.log2_x if best.x is None else best.x
-    return Point(float(line.hue), best.best_loss, point.observed.losses, 0, at, note)
+    return Point(float(line.hue), best.best_loss, point.observed.losses, 0, at, note, best.censored)
 
 
 def _transferred(panel: Panel, line: Line) -> Point:
@@ -217,9 +222,11 @@ def _gains(col: str, curves: Sequence[Curve], best: Any) -> list[Gain]:
         by_x = {point.x: point for point in mine.points}
         for point in curve.points:
             here = by_x.get(point.x)
-            if here is not None and here.loss is not None and point.loss:
-                percent = 100.0 * (point.loss - here.loss) / point.loss
-                found.append(Gain(col, curve.hue, curve.at, point.x, percent, _gain_stderr(here, point)))
+            if here is None or here.loss is None or not point.loss or (here.censored and point.censored):
+                continue  # of two upper bounds the difference says nothing
+            percent = 100.0 * (point.loss - here.loss) / point.loss
+            side: Side | None = "high" if here.censored else "low" if point.censored else None
+            found.append(Gain(col, curve.hue, curve.at, point.x, percent, _gain_stderr(here, point), side))
     return found
 
 
@@ -230,6 +237,9 @@ def _gain_stderr(mine: Point, other: Point) -> float | None:
         return None
     differences = [100.0 * (other.losses[s] - mine.losses[s]) / other.losses[s] for s in seeds]
     return float(np.std(differences, ddof=1)) / math.sqrt(len(seeds))
+
+
+_GAIN_IS: Mapping[Side | None, str] = {None: "measured", "high": "at least", "low": "at most"}
 
 
 def data_rows(found: Pareto) -> list[dict[str, Any]]:
@@ -254,6 +264,7 @@ def data_rows(found: Pareto) -> list[dict[str, Any]]:
                         **({} if found.swept is None else {f"log2_{found.swept}": point.log2_swept}),
                         f"gain_of_{found.best}_percent": None if gain is None else gain.percent,
                         "gain_stderr": None if gain is None else gain.stderr,
+                        "gain_is": None if gain is None else _GAIN_IS[gain.side],
                         "note": point.note,
                     }
                 )
@@ -290,7 +301,8 @@ def draw(found: Pareto) -> Figure:
         low, high = grid[0].get_ylim()
         n_lines = max(_annotate(axes, found, name, at) for axes, (name, at, _) in zip(grid, shown, strict=True))
         grid[0].set_ylim(low, high + (high - low) * 0.075 * n_lines)
-        grid[0].set_ylabel(f"{style.METRIC_NAMES[found.metric]} (nats)")
+        for first in grid[:: len(kinds) if found.col else 4]:
+            first.set_ylabel(f"{style.METRIC_NAMES[found.metric]} (nats)")
         text = style.fixed_text(found.fixed)
         n_seeds = max((len(p.losses) for _, cs in found.panels for c in cs for p in c.points), default=0)
         style.heading(drawn, ", ".join(part for part in (text, style.seeds_text(n_seeds, n_seeds)) if part))
@@ -302,7 +314,7 @@ def draw(found: Pareto) -> Figure:
         ]
         labels = [style.value_text(found.hue, hue) for hue in hues]
         notes = [p for _, cs in found.panels for c in cs for p in c.points]
-        if any("edge" in p.note for p in notes):
+        if any(p.censored for p in notes):
             handles.append(Line2D([], [], color=style.MUTED, marker="o", linewidth=0, markerfacecolor="white"))
             labels.append("best at grid edge: an upper bound")
         if any(p.loss is None for p in notes):
@@ -328,7 +340,7 @@ def _curve(axes: Axes, curve: Curve, look: style.Look) -> None:
                 at, 0.99, "x", color=look.color, transform=axes.get_xaxis_transform(), markersize=5, clip_on=False
             )
         else:
-            face = "white" if "edge" in point.note else look.color
+            face = "white" if point.censored else look.color
             axes.plot(at, height, look.marker, color=look.color, markerfacecolor=face, markersize=5, zorder=3)
 
 
@@ -343,9 +355,12 @@ def _annotate(axes: Axes, found: Pareto, col: str, at: At) -> int:
         of_line = [gain for gain in mine if gain.over == over]
         end = min(of_line, key=lambda gain: gain.x) if found.x == "density" else max(of_line, key=lambda gain: gain.x)
         error = "" if end.stderr is None else f" \N{PLUS-MINUS SIGN} {end.stderr:.1f}"
-        mean = float(np.mean([gain.percent for gain in of_line]))
         name, other = style.value_text(found.hue, found.best), style.value_text(found.hue, over)
-        lines.append(f"{name} vs {other}: {end.percent:+.1f}{error}% at {style.number(end.x)}, {mean:+.1f}% on average")
+        least = {None: "", "high": "\N{GREATER-THAN OR EQUAL TO} ", "low": "\N{LESS-THAN OR EQUAL TO} "}[end.side]
+        text = f"{name} vs {other}: {least}{end.percent:+.1f}{error}% at {style.number(end.x)}"
+        if all(gain.side is None for gain in of_line):  # a mean over bounds is none
+            text += f", {np.mean([gain.percent for gain in of_line]):+.1f}% on average"
+        lines.append(text)
     if not lines:
         return 0
     text = "\n".join(["lower loss:", *lines]).replace("-", "\N{MINUS SIGN}")

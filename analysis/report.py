@@ -13,17 +13,19 @@ from supar_sweep.config.decode import decode
 from supar_sweep.config.schema import CellConfig
 from supar_sweep.errors import ConfigError, SuparError
 from supar_sweep.rules.hparams import HParams
+from supar_sweep.sweep.extension import n_added
 from supar_sweep.sweep.identity import cell_id
 from supar_sweep.sweep.status import STATES, CellState, first_errors, status_counts
 from supar_sweep.sweep.submission import Plan
 from supar_sweep.sweep.winner import Winner
 
-from . import style
+from . import scaling, style
 from .basins import BasinSet
 from .frames import frame
 from .report_cost import Cost, cost, flops_text, study_cost, time_text
 from .report_figures import CurveOf, LeftOut, Own, Picture, basins_of, pictures
 from .report_origin import Facts, Origin, Table, origin
+from .report_tables import extension, scaling_fits
 from .statements import Statement, can_be_asked, quickstart_statements
 from .study import Study
 from .study import study as study_data
@@ -93,6 +95,8 @@ class Report:
     entries: tuple[Entry, ...]
     optima: Table | None
     proposed: Table | None
+    extension: Table | None
+    scaling: Table
     figures: tuple[Picture, ...]
     left_out: tuple[LeftOut, ...]
     origin: Origin
@@ -141,6 +145,8 @@ def report(records: Records) -> Report:
         entries=tuple(found),
         optima=optima(found) if found else None,
         proposed=_proposed(found),
+        extension=extension(plan),
+        scaling=scaling_fits(scaling.summary(table, records.metric)),
         figures=drawn,
         left_out=left_out,
         origin=origin_,
@@ -179,6 +185,7 @@ def _facts(table: pd.DataFrame, records: Records) -> Facts:
         ),
         ("seeds", str(table["seed"].nunique())),
         ("complete", f"{len(records.results)} of {len(records.plan.cells)} cells"),
+        *([("added by extend", f"{n_added(records.plan)} cells")] if n_added(records.plan) else []),
     )
 
 

@@ -270,14 +270,16 @@ def _loss_curves(table: pd.DataFrame, sets: Sequence[BasinSet], curve_of: CurveO
         chosen = where(table, parts(table, (hue, "parameterization"))[-1])
     curves = [curve_of(this) for this in chosen["cell_id"]]
     chosen = chosen.assign(curve=pd.Series(curves, index=chosen.index, dtype=object))
-    if not any(curves):
-        raise ConfigError("experiment.name", "none of its cells has a recorded curve")
+    found = loss_curves.loss_curves(chosen, hue=hue)
+    # a training function of the user's own may record something else
+    if not any(curve.x for _, lines in found.panels for curve in lines):
+        raise ConfigError(_GRID, "none of its cells has a recorded curve")
     return Picture(
         "loss_curves",
         "loss_curves",
         "Training curves",
         f"One line per {style.axis_name(hue).lower()}, {at}.",
-        loss_curves.loss_curves(chosen, hue=hue),
+        found,
     )
 
 

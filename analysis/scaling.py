@@ -13,7 +13,7 @@ and the number of tokens fixed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,11 @@ from supar_sweep.errors import ConfigError
 
 from . import style
 from .basins import basin_sets
-from .frames import check_axes, check_metric, having, refuse_mixed, single_values, where
+from .frames import check_axes, check_metric, having, refuse_mixed, single_values, values_of, where
 from .smooth import CONFIDENCE
 from .wiener import Array
 
+FORM = "loss = floor + exp(log_scale) (live / live_0)^-alpha density^gamma"
 PARAMETERS = ("floor", "log_scale", "alpha", "gamma")
 LEAST_LIVE = 3
 LEAST_DENSITIES = 2
@@ -154,7 +155,7 @@ def fit_points(points: Sequence[Point]) -> tuple[ScalingFit | None, str]:
     n_live, n_densities = len({p.live for p in used}), len({p.density for p in used})
     if n_live < LEAST_LIVE or n_densities < LEAST_DENSITIES or len(used) < len(PARAMETERS) + LEAST_DF:
         return None, (
-            f"{len(used)} points of {n_live} sizes and {n_densities} densities; a fit needs "
+            f"too few shapes: {len(used)} points of {n_live} sizes and {n_densities} densities; a fit needs "
             f"{len(PARAMETERS) + LEAST_DF}, {LEAST_LIVE} and {LEAST_DENSITIES}"
         )
     live, density = np.array([p.live for p in used]), np.array([p.density for p in used])
@@ -227,6 +228,53 @@ def _profile(x: Array, loss: Array, best: Array, index: int, limit: float) -> Es
             continue
         ends.append(float(brentq(above, *sorted((centre, edge)), xtol=1e-4)))
     return Estimate(centre, ends[0], ends[1])
+
+
+def summary(table: pd.DataFrame, metric: str = "train_loss", fixed: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the fit of each parameterization in plain values, or why the grid does not allow one: the form, the metric, `fits`.
+
+    A fit has n_points, n_censored (left out of it), `fit` (null, or each parameter with its value and its 95% interval's low and
+    high, null where the data do not bound it; live_0, rms, df) and `reason` ("" with a fit).
+
+    Args:
+        table, metric, fixed: as for `scaling`.
+    """
+    fits: dict[str, dict[str, Any]]
+    try:
+        panels = scaling(table, "parameterization", metric, fixed).panels
+    except ConfigError as error:
+        names = values_of(where(table, fixed or {}), "parameterization")
+        fits = {str(name): {"n_points": 0, "n_censored": 0, "fit": None, "reason": str(error)} for name in names}
+    else:
+        fits = {
+            panel.col: {
+                "n_points": len(panel.points),
+                "n_censored": sum(point.censored for point in panel.points),
+                "fit": None if panel.fit is None else asdict(panel.fit),
+                "reason": panel.reason,
+            }
+            for panel in panels
+        }
+    return {"form": FORM, "metric": metric, "fits": fits}
+
+
+def in_words(found: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for each fit of a `summary`, and one for each reason why there is none."""
+    said: list[str] = []
+    reasons: dict[str, list[str]] = {}
+    for name, each in found["fits"].items():
+        if each["fit"] is None:
+            reasons.setdefault(each["reason"], []).append(name)
+        else:
+            parts = [f"{key} {interval_text(each['fit'][key])}" for key in ("floor", "alpha", "gamma")]
+            said.append(f"{name}: scaling fit {', '.join(parts)}")
+    return [*said, *(f"{', '.join(names)}: no scaling fit ({reason})" for reason, names in reasons.items())]
+
+
+def interval_text(estimate: Mapping[str, float | None]) -> str:
+    """Return a parameter of a `summary` as text: 0.36 (0.02 to 0.90); an end that the data do not bound is a ?."""
+    low, high = ("?" if estimate[end] is None else f"{estimate[end]:.2f}" for end in ("low", "high"))
+    return f"{estimate['value']:.2f} ({low} to {high})"
 
 
 def data_rows(found: Scaling) -> list[dict[str, Any]]:
@@ -310,9 +358,7 @@ def _text(panel: Panel) -> str:
         return "no fit: " + panel.reason.replace("; ", ";\n").replace(": ", ":\n")
     lines = []
     for name, symbol in (("floor", "floor"), ("alpha", r"$\alpha$"), ("gamma", r"$\gamma$")):
-        estimate: Estimate = getattr(panel.fit, name)
-        ends = " to ".join("?" if end is None else f"{end:.2f}" for end in (estimate.low, estimate.high))
-        lines.append(f"{symbol} {estimate.value:.2f} ({ends})")
+        lines.append(f"{symbol} {interval_text(asdict(getattr(panel.fit, name)))}")
     return "\n".join(lines).replace("-", "\N{MINUS SIGN}")
 
 

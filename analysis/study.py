@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from supar_sweep.errors import ConfigError
 
@@ -122,6 +123,7 @@ def draw(found: Study) -> Figure:
             grid[0].plot([*numbers, last], [*losses, losses[-1]], **steps)
         _points(grid[0], found, lambda trial: float(trial.number), colors, top)
         grid[0].set_xlabel("Trial")
+        grid[0].xaxis.set_major_locator(MaxNLocator(5, integer=True))
         grid[0].set_ylabel(f"{style.METRIC_NAMES[found.metric]} (nats)")
         for axes, name in zip(grid[1:], found.names, strict=True):
             xs = [math.log2(trial.params[name]) for trial in found.trials if trial.params.get(name, 0) > 0]

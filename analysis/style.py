@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -309,9 +310,14 @@ def legend(drawn: Figure, handles: Sequence[Any], labels: Sequence[str], **more:
         handles, labels: of the same length.
         more: for matplotlib's legend.
     """
-    # a line's handle takes .55 inches, a letter at this size .065; mathematical text is shorter than it is long
-    longest = max((len(re.sub(r"[${}^]", "", label)) for label in labels), default=0)
-    columns = max(int(drawn.get_figwidth() / (0.55 + 0.065 * longest)), 1)
+    # a handle takes .4 inches, a letter .065; mathematical text is shorter than it is long; columns are filled from above
+    lengths = [len(re.sub(r"[${}^]", "", label)) for label in labels]
+
+    def width_in(columns: int) -> float:
+        filled = np.array_split(np.array(lengths), columns)
+        return sum(0.4 + 0.065 * int(column.max()) for column in filled) + 0.19 * (columns - 1)
+
+    columns = max((n for n in range(1, len(labels) + 1) if width_in(n) <= drawn.get_figwidth()), default=1)
     columns = math.ceil(len(labels) / math.ceil(len(labels) / columns)) if labels else 1
     drawn.legend(
         handles, labels, loc="outside lower center", ncols=columns, columnspacing=1.6, handlelength=1.9, **more

@@ -334,18 +334,23 @@ def plain(entry: Entry) -> dict[str, Any]:
 
 
 def write(
-    found: Sequence[Entry], folder: Path, statements: Sequence[Mapping[str, Any]] = (), prefix: str = ""
+    found: Sequence[Entry],
+    folder: Path,
+    statements: Sequence[Mapping[str, Any]] = (),
+    prefix: str = "",
+    scaling: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Write verdict.json (a list of the entries) and summary.json into `folder`; return both paths.
 
     summary.json holds the rule, the verdicts by name, the proposed points and the statements. null, never NaN. `prefix`
-    stands before both names.
+    stands before both names; `scaling` (scaling.summary) stands beside the verdicts, where it was made.
     """
     summary = {
         "rule": RULE,
         "verdicts": {v.name: {"verdict": v.answer, "reason": v.reason} for v in verdicts(found)},
         "proposed": proposals(found),
         "statements": list(statements),
+        **({} if scaling is None else {"scaling": scaling}),
     }
     return [
         _write_json([plain(entry) for entry in found], folder / f"{prefix}verdict.json"),

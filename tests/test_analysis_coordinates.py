@@ -13,6 +13,7 @@ import pytest
 from analysis.coord_check import draw, save
 from analysis.coordinates import (
     KINDS,
+    MAX_SLOPE,
     RULE,
     STATISTICS,
     CoordinateSet,
@@ -156,7 +157,12 @@ def test_the_figure_has_a_row_a_site_and_says_each_answer(tmp_path: Path) -> Non
     assert [axes.get_title() for axes in drawn.axes[:2]] == ["SP", "S\xb5Par"]
     assert [axes.get_ylabel() for axes in drawn.axes[::2]] == ["Embedding", "Attention", "MLP", "Logits"]
     texts = [text.get_text() for axes in drawn.axes for text in axes.texts]
-    assert texts == ["slope +1.00, expected 0: fail"] * 8
+    n, half = 3, 1e-9  # the seeds agree, so the interval is the slope itself
+    assert [test.n_seeds for test in all_slope_tests([found])] == [n] * 8
+    assert all(test.ci == pytest.approx((1.0, 1.0), abs=half) for test in all_slope_tests([found]))
+    assert texts == ["slope +1.00 (+1.00 to +1.00)\nexpected 0: fail"] * 8
+    heading = drawn.get_suptitle()
+    assert f"within \N{PLUS-MINUS SIGN}{MAX_SLOPE:g} of the expected one" in heading.replace("\n", " ")
     lines = [line for line in drawn.axes[0].lines if line.get_marker() == "."]
     assert len(lines) == 2  # one a step
     assert np.asarray(lines[0].get_ydata()) == pytest.approx([-2.0, -1.0, 0.0])  # 1/4, 1/2, 1 to the power of 1

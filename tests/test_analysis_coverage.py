@@ -123,6 +123,18 @@ def test_the_intervals_cover_the_truth(n_seeds: int, rho: float, shared: float) 
     assert np.median(found.widths) < 0.6  # nor may it be bought by saying nothing
 
 
+@pytest.mark.parametrize("n_seeds", SEEDS)
+@pytest.mark.parametrize("what", ["optimum", "shift"])
+def test_at_each_number_of_seeds_the_coverage_is_90_to_98_percent(what: str, n_seeds: int) -> None:
+    cases = [simulate(n_seeds, rho, shared) for rho, shared in NOISES]
+    held, n = sum(case.held[what] for case in cases), sum(case.n[what] for case in cases)
+    share = held / n
+    print(f"{n_seeds} seeds, {what}: {share:.3f} of {n}")
+    assert n > 600
+    error = np.sqrt(0.98 * 0.02 / n)  # of a share that is 98% in truth
+    assert 0.90 <= share <= 0.98 + 2 * error
+
+
 @pytest.mark.parametrize("what", ["optimum", "shift"])
 def test_over_all_noises_the_intervals_are_no_wider_than_they_must(what: str) -> None:
     cases = [simulate(n_seeds, rho, shared) for n_seeds in SEEDS for rho, shared in NOISES]

@@ -85,6 +85,58 @@ def test_lines_that_were_not_swept_are_shown_as_run_with_paired_gains() -> None:
     assert {gain.over for gain in found.gains} == {"sp"}
 
 
+def annotated(found: Pareto, panel: int) -> list[str]:
+    (text,) = [each.get_text() for each in draw(found).axes[panel].texts]
+    return str(text).replace("\N{MINUS SIGN}", "-").replace("\N{MICRO SIGN}", "u").splitlines()
+
+
+def test_the_gain_that_is_written_is_that_of_a_hand_made_example() -> None:
+    # fig. 3: as run, one seed. SP 4 against 3 is 1/4 of SP's loss, muP 3.75 against 3 a fifth of muP's; nothing at density 1
+    losses = {"sp": {1.0: 2.0, 1 / 64: 4.0}, "mup": {1.0: 2.0, 1 / 64: 3.75}, "supar": {1.0: 2.0, 1 / 64: 3.0}}
+    found = pareto(frame(as_run(losses, n_seeds=1)))
+    assert annotated(found, 0) == [
+        "lower loss:",
+        "SuPar vs SP: +25.0% at 1/64, +12.5% on average",
+        "SuPar vs uP: +20.0% at 1/64, +10.0% on average",
+    ]
+    # figs. 8 and 10: each at its own best lr, whatever that is; SP's basin a tenth of SuPar's loss higher at every density
+    swept = rows(optima={"sp": (-9.0, -5.0), "supar": (-7.0, -7.0)}, noise=0.0)
+    for row in swept:
+        row["train_loss"] += 0.1 * FLOOR * (row["parameterization"] == "sp")
+    written = annotated(pareto(frame(swept)), 1)[1]
+    assert written.startswith("SuPar vs SP: +9.1")  # 1 - 1 / 1.1
+    assert written.endswith("% at 1/16, +9.1% on average")
+    # and at the dense line's lr: SP's sparse line is 4 octaves away from its best, SuPar's is at it
+    moved = 1.1 * FLOOR + CURVATURE * 4**2
+    gain = next(g for g in pareto(frame(swept)).gains if (g.at, g.x) == ("transferred", 1 / 16))
+    assert gain.percent == pytest.approx(100 * (1 - FLOOR / moved), abs=0.2)
+
+
+@pytest.mark.parametrize(
+    ("optima", "side", "written"),
+    [
+        ({"sp": (-9.0, 0.0), "supar": (-7.0, -7.0)}, "low", "SuPar vs SP: \N{LESS-THAN OR EQUAL TO} "),
+        ({"sp": (-9.0, -7.0), "supar": (-7.0, 0.0)}, "high", "SuPar vs SP: \N{GREATER-THAN OR EQUAL TO} "),
+        (
+            {"sp": (-9.0, 0.0), "supar": (-7.0, 0.0)},
+            None,
+            "SuPar vs SP: +0.0",
+        ),  # left out: what is written is of density 1
+    ],
+)
+def test_a_gain_over_a_censored_best_is_a_bound(
+    optima: dict[str, tuple[float, float]], side: str | None, written: str
+) -> None:
+    found = pareto(frame(rows(optima=optima, noise=0.0)))
+    at_own = {gain.x: gain for gain in found.gains if gain.at == "own best"}
+    assert at_own[1.0].side is None
+    assert (1 / 16 in at_own) == (side is not None)
+    assert side is None or at_own[1 / 16].side == side
+    line = annotated(found, 1)[1]
+    assert line.startswith(written)
+    assert ("on average" in line) == (side is None)
+
+
 def test_iso_parameter_widths_take_density_and_lr_along() -> None:
     listed = as_run({"sp": {1.0: 3.0, 0.5: 2.9}, "supar": {1.0: 3.0, 0.5: 2.8}})
     for row in listed:

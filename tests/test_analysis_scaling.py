@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pandas as pd
 import pytest
 
 from analysis.frames import frame
-from analysis.scaling import Point, draw, fit_points, save, scaling
+from analysis.scaling import Point, draw, fit_points, in_words, save, scaling, summary
+from analysis.verdict import write
 from supar_sweep.errors import ConfigError
 from tests.basin_rows import rows
 
@@ -110,6 +112,34 @@ def test_losses_are_those_of_the_basins_optima_and_the_figure_has_the_fit(tmp_pa
     with data.open(newline="") as file:
         first = next(csv.DictReader(file))
     assert float(first["fitted"]) == pytest.approx(float(first["train_loss"]), abs=0.01)
+
+
+def test_the_summary_holds_the_fit_with_intervals_or_why_there_is_none(tmp_path: Path) -> None:
+    found = summary(table(), "train_loss")
+    assert "density^gamma" in found["form"]
+    for panel in scaling(table()).panels:
+        each = found["fits"][panel.col]
+        assert (each["n_points"], each["n_censored"], each["reason"]) == (len(WIDTHS) * 2, 0, "")
+        assert panel.fit is not None
+        for name in ("floor", "log_scale", "alpha", "gamma"):
+            assert each["fit"][name] == vars(getattr(panel.fit, name))
+        assert each["fit"]["live_0"] == panel.fit.live_0
+    assert len(in_words(found)) == 2
+    assert "sp: scaling fit floor " in in_words(found)[0]
+
+    # beyond a grid's edge a loss is a bound: said, and left out
+    high = table()
+    few = summary(high[(high["lr"] < 2.0**-8) | (high["parameterization"] == "supar") | (high["density"] == 1)])
+    assert few["fits"]["sp"]["n_censored"] == len(WIDTHS)
+    assert few["fits"]["sp"]["fit"] is None
+    assert in_words(few)[-1].startswith(f"sp: no scaling fit (too few shapes: {len(WIDTHS)} points of")
+    one_width = summary(high, fixed={"width": WIDTHS[0]})
+    (said,) = in_words(one_width)
+    assert said.startswith("sp, supar: no scaling fit (too few shapes: 2 points")
+    mixed = high.assign(n_layer=[2, 4] * (len(high) // 2))
+    assert "where.n_layer" in in_words(summary(mixed))[0]
+    _, path = write([], tmp_path, scaling=found)
+    assert json.loads(path.read_text())["scaling"] == found
 
 
 def test_axes_of_the_fit_itself_are_refused() -> None:

@@ -96,6 +96,13 @@ def test_lr_basins_over_two_widths_are_two_figures_and_one_verdict(
         (name, width, density) for name in ("sp", "supar") for width in (16, 32) for density in (1.0, 0.5)
     }
     assert (records / "experiments/over_lr/verdict.json") in written
+    fits = json.loads((records / "experiments/over_lr/summary.json").read_text())["scaling"]["fits"]
+    # two widths at two densities are too few for four parameters
+    assert {name: (each["n_points"], each["fit"]) for name, each in fits.items()} == {
+        "sp": (4, None),
+        "supar": (4, None),
+    }
+    assert all("a fit needs 6" in each["reason"] for each in fits.values())
 
 
 def test_a_verdict_over_init_std_stands_beside_that_over_lr(records: Path, capsys: pytest.CaptureFixture[str]) -> None:

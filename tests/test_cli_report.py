@@ -66,6 +66,8 @@ def test_it_writes_one_page_and_prints_the_verdict(runs: Path, capsys: pytest.Ca
         "Study mine",
         "Formula.",
         "No cell failed.",
+        "Scaling fit loss = floor",
+        "a fit needs 6",
         "supar-sweep tune",
     ):
         assert said in text, said

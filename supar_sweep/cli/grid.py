@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from supar_sweep.cli.extend import Extension, say_idle
 from supar_sweep.cli.launch import (
     Grid,
     experiment_of,
@@ -25,6 +26,7 @@ from supar_sweep.cli.status import note_unread, slurm_was_used
 from supar_sweep.config.decode import encode
 from supar_sweep.errors import ConfigError, SuparError
 from supar_sweep.sweep.complete import Summary, complete
+from supar_sweep.sweep.extension import n_added
 from supar_sweep.sweep.handover import hand_over
 from supar_sweep.sweep.jobs import Launcher
 from supar_sweep.sweep.status import states
@@ -33,22 +35,43 @@ INCOMPLETE = 1
 
 
 def run(settings: Settings) -> int:
-    """Make the grid complete; return 0 when every cell is, 1 when not, 130 after Ctrl-C."""
+    """Make the grid complete, with extend=true larger first where an optimum lies beyond it; return 0 when every cell is,
+    1 when not, 130 after Ctrl-C.
+    """
+    extension = Extension.asked(settings)
     grid = freeze(settings)
-    found = states(experiment_of(settings), grid.plan)
-    settings = with_threads(settings, [cell for this, cell in grid.cells.items() if not found[this].complete])
-    grid = replace(grid, plan=replace(grid.plan, runtime=encode(settings.runtime())))
-    with make_launcher(settings) as launcher:
-        if not getattr(launcher_config(settings), "wait", True):
+    say_idle(grid)
+    if not getattr(launcher_config(settings), "wait", True):
+        settings, grid = _threaded(settings, grid)
+        with make_launcher(settings) as launcher:
             return submit(settings, grid, launcher)
-        summary = train(settings, grid, launcher)
-    row = {"experiment": settings.experiment, **summary.counts, "skipped": summary.skipped}
-    row |= {"held": summary.held, "wall_s": round(summary.wall_s, 1)}
+    summary = first = _complete(settings, grid)
+    wall_s = first.wall_s
+    while extension and not summary.interrupted and (larger := extension.next(grid)):
+        grid = larger
+        summary = _complete(settings, grid)
+        wall_s += summary.wall_s
+    row = {"experiment": settings.experiment, **summary.counts, "skipped": first.skipped}
+    row |= {"extended": n_added(grid.plan)} if extension else {}
+    row |= {"held": summary.held, "wall_s": round(wall_s, 1)}
     if settings.format == "json":
         write_json({**row, "interrupted": summary.interrupted, "complete": summary.complete})
     else:
         emit([row], format=settings.format)
     return exit_code(summary)
+
+
+def _threaded(settings: Settings, grid: Grid) -> tuple[Settings, Grid]:
+    """Return both with as many threads a process as the cells that are left can use."""
+    found = states(experiment_of(settings), grid.plan)
+    settings = with_threads(settings, [cell for this, cell in grid.cells.items() if not found[this].complete])
+    return settings, replace(grid, plan=replace(grid.plan, runtime=encode(settings.runtime())))
+
+
+def _complete(settings: Settings, grid: Grid) -> Summary:
+    settings, grid = _threaded(settings, grid)
+    with make_launcher(settings) as launcher:
+        return train(settings, grid, launcher)
 
 
 def submit(settings: Settings, grid: Grid, launcher: Any) -> int:

@@ -15,8 +15,9 @@ from supar_sweep.cli.settings import Settings
 from supar_sweep.config.decode import decode
 from supar_sweep.config.fields import check_ranges, setting
 from supar_sweep.config.schema import CellConfig, DataConfig, check_ranks
-from supar_sweep.errors import ConfigError
+from supar_sweep.errors import ConfigError, RecordError
 from supar_sweep.sweep.cohorts import Price
+from supar_sweep.sweep.extension import Added, added_of, extended
 from supar_sweep.sweep.grid import GridPoint
 from supar_sweep.sweep.jobs import Launcher
 from supar_sweep.sweep.submission import Experiment, Plan, make_plan, provenance
@@ -151,14 +152,28 @@ def experiment_of(settings: Settings) -> Experiment:
 
 @dataclass(frozen=True)
 class Grid:
-    """A grid as it would be submitted now: its plan, and the decoded cells by id."""
+    """A grid as it would be submitted now.
+
+    Args:
+        plan: with what `extend=true` added to it before.
+        own: without.
+        cells: of the plan, decoded, by id.
+    """
 
     plan: Plan
+    own: Plan
     cells: dict[str, CellConfig]
 
 
+def grown(grid: Grid, plan: Plan) -> Grid:
+    """Return the grid with a plan that holds more cells."""
+    more = {this: decode(CellConfig, each.cell) for this, each in plan.cells.items() if this not in grid.cells}
+    return replace(grid, plan=plan, cells={**grid.cells, **more})
+
+
 def freeze(settings: Settings) -> Grid:
-    """Return the grid of the settings: enumerated, checked, its data found and fingerprinted.
+    """Return the grid of the settings, with what was added to its lines before: enumerated, checked, its data found and
+    fingerprinted.
 
     Raises:
         ConfigError, GridError: settings or cells that cannot be.
@@ -184,7 +199,17 @@ def freeze(settings: Settings) -> Grid:
     cells = {row["cell_id"]: point.cell for row, point in zip(plan.points, points, strict=True)}
     check_corpora(cells.values())
     check_shares(settings, cells.values())
-    return Grid(plan, cells)
+    return grown(Grid(plan, plan, cells), extended(plan, _added_before(experiment_of(settings))))
+
+
+def _added_before(experiment: Experiment) -> tuple[Added, ...]:
+    """Return what was added to the experiment's grid by the runs before this one."""
+    if not (experiment.folder / "plan.json").exists():
+        return ()
+    try:
+        return added_of(experiment.plan())
+    except RecordError:  # torn: `run` writes it anew, and extend=true finds the same values again, their cells done
+        return ()
 
 
 def check_corpora(cells: Iterable[CellConfig]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from supar_sweep.cli.extend import say_idle
 from supar_sweep.cli.launch import (
     LocalConfig,
     device_kind,
@@ -36,6 +37,7 @@ from supar_sweep.sweep import calibration
 from supar_sweep.sweep.arrays import ArrayFolder
 from supar_sweep.sweep.code import code_version
 from supar_sweep.sweep.cohorts import groups
+from supar_sweep.sweep.extension import n_added
 from supar_sweep.sweep.files import write_file
 from supar_sweep.sweep.status import STATES, states
 from supar_sweep.training.cost import count_parameters, memory_gb
@@ -55,6 +57,7 @@ def plan(settings: Settings) -> int:
     local = isinstance(launcher_config(settings), LocalConfig)
     test_only = _test_only(settings, local)
     grid = freeze(settings)
+    say_idle(grid)
     found = with_queue(settings, states(experiment_of(settings), grid.plan))
     left = {this: cell for this, cell in grid.cells.items() if not found[this].complete}
     settings = with_threads(settings, left.values())
@@ -65,6 +68,7 @@ def plan(settings: Settings) -> int:
         "experiment": settings.experiment,
         "points": len(grid.plan.points),
         "cells": len(grid.cells),
+        "extended": n_added(grid.plan),
         "states": {state: counts[state] for state in STATES if counts[state]},
         "flops": sum(row["flops"] for row in rows),
         "flops_left": sum(row["flops_left"] for row in rows),
@@ -126,8 +130,9 @@ def _title(total: Mapping[str, Any]) -> str:
     if "arrays" in total:
         start += f": {total['elements']} elements of {total['arrays']} arrays"
         start += f", {total['held']} held back" if total["held"] else ""
+    more = f", {total['extended']} of them by extend" if total["extended"] else ""
     return (
-        f"{total['experiment']}: {total['points']} points, {total['cells']} cells ({by_state}); "
+        f"{total['experiment']}: {total['points']} points, {total['cells']} cells{more} ({by_state}); "
         f"{total['flops']:.3g} FLOPs of live weights, {total['flops_left']:.3g} left "
         f"({total['flops_left_dense']:.3g} if every layer is computed dense); "
         f"records {total['records_gb']:.3g} GB\n{start}\n{_time_text(total)}"

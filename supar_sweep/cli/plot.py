@@ -19,7 +19,7 @@ from supar_sweep.config.fields import check_ranges, setting
 from supar_sweep.config.schema import CellConfig
 from supar_sweep.errors import ConfigError
 from supar_sweep.sweep.status import folders, rows
-from supar_sweep.sweep.submission import Plan
+from supar_sweep.sweep.submission import Experiment, Plan
 from supar_sweep.sweep.trials import trial_rows
 from supar_sweep.sweep.winner import load_winner
 from supar_sweep.training.cost import count_parameters
@@ -99,7 +99,7 @@ def draw_grid(settings: Settings, config: PlotConfig) -> None:
     """
     experiment = experiment_of(settings)
     frozen = experiment.plan()
-    records = rows(experiment, frozen)
+    records = grid_rows(experiment, frozen)
     axes = _axes(config)
     stem = experiment.folder / _stem(config)
     if config.figure in ("lr_basins", "init_basins"):
@@ -111,9 +111,6 @@ def draw_grid(settings: Settings, config: PlotConfig) -> None:
     table = room("analysis.frames").frame(records)
     module = room(f"analysis.{config.figure}")
     keywords: dict[str, Any] = {**axes, "fixed": config.where}
-    if config.figure == "scaling":
-        live = live_hidden_weights(frozen)
-        table["live_parameters"] = [live[this] for this in table["cell_id"]]
     if config.figure == "loss_curves":
         table = room("analysis.frames").where(table, config.where)
         cells = folders(experiment.store, frozen)
@@ -145,6 +142,16 @@ def figure_config(settings: Settings) -> PlotConfig:
     if "figure" in typed and plain["figure"] != own.get("figure", plain["figure"]):
         own = {key: value for key, value in own.items() if key == "metric"}
     return decode(PlotConfig, {**plain, **{key: value for key, value in own.items() if key not in typed}})
+
+
+def grid_rows(experiment: Experiment, frozen: Plan) -> list[dict[str, Any]]:
+    """Return one row a grid point, for analysis: sweep.status.rows, with `live_parameters`: its live hidden weights.
+
+    Args:
+        experiment: the grid's place. frozen: its plan.
+    """
+    live = live_hidden_weights(frozen)
+    return [{**row, "live_parameters": live[row["cell_id"]]} for row in rows(experiment, frozen)]
 
 
 def own_figure(settings: Settings) -> Any:
@@ -193,7 +200,7 @@ def draw_basins(
     """Return the verdict's entries, after figures, data and verdict were written into `folder`.
 
     Args:
-        records: one row a grid point (sweep.status.rows).
+        records: of `grid_rows`.
         folder: the experiment's.
         metric: train_loss or val_loss.
         axes: x, hue, col, row; default: lr over density, a panel a parameterization.
@@ -211,8 +218,11 @@ def draw_basins(
     entries: list[Any] = verdict.entries(sets)
     whole = name == "lr_basins"
     claims = statements.quickstart_statements(entries) if whole and statements.can_be_asked(entries) else []
-    written += verdict.write(entries, folder, [claim.as_dict() for claim in claims], "" if whole else f"{name}-")
+    fits = room("analysis.scaling").summary(table, metric, where)
+    written += verdict.write(entries, folder, [claim.as_dict() for claim in claims], "" if whole else f"{name}-", fits)
     say_verdicts(verdict.verdicts(entries))
+    for said in room("analysis.scaling").in_words(fits):
+        say(said)
     for claim in claims:
         say(f"{claim.answer}: {claim.text}" + (f" ({claim.note})" if claim.note else ""))
     say_written(written)

@@ -10,14 +10,14 @@ from typing import Any
 
 from supar_sweep.cli.launch import experiment_of
 from supar_sweep.cli.output import say_written
-from supar_sweep.cli.plot import emit_verdict, live_hidden_weights, metric_of, own_figure, say_verdicts
+from supar_sweep.cli.plot import emit_verdict, grid_rows, metric_of, own_figure, say_verdicts
 from supar_sweep.cli.rooms import room
 from supar_sweep.cli.settings import Settings
 from supar_sweep.cli.status import note_unread
 from supar_sweep.errors import RecordError
 from supar_sweep.sweep.files import read_json, write_file
 from supar_sweep.sweep.records import CellFolder, Store
-from supar_sweep.sweep.status import folders, rows, states
+from supar_sweep.sweep.status import folders, states
 from supar_sweep.sweep.submission import Experiment, Plan
 from supar_sweep.sweep.trials import trial_rows
 from supar_sweep.sweep.winner import load_winner
@@ -55,12 +55,11 @@ def write_report(experiment: Experiment, frozen: Plan, metric: str, own: Any = N
     """
     module = room("analysis.report")
     cells = folders(experiment.store, frozen)
-    live = live_hidden_weights(frozen)
     results = _results(cells)
     found = module.report(
         module.Records(
             plan=frozen,
-            rows=[{**row, "live_parameters": live[row["cell_id"]]} for row in rows(experiment, frozen)],
+            rows=grid_rows(experiment, frozen),
             states=states(experiment, frozen),
             results=results,
             curve_of=lambda this: cells[this].metrics(),

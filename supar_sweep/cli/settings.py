@@ -176,7 +176,7 @@ READS = {
     "rules": ("show",),
     "plan": (*_GRID, "test_only"),
     "calibrate": _GRID,
-    "run": _GRID,
+    "run": (*_GRID, "extend", "budget", "metric"),
     "status": (*_GRID, "by", "watch"),
     "logs": ("cell", "attempt", "lines"),
     "cancel": (*_GRID, "cell"),

@@ -16,6 +16,7 @@ from supar_sweep.cli.settings import FIGURE, Settings
 from supar_sweep.config.decode import decode
 from supar_sweep.config.schema import CellConfig, RuntimeConfig
 from supar_sweep.errors import ConfigError
+from supar_sweep.sweep.extension import n_added
 from supar_sweep.sweep.locks import Holder
 from supar_sweep.sweep.pace import Pace, pace, used_hours
 from supar_sweep.sweep.status import STATES, CellState, first_errors, states, status_counts
@@ -98,6 +99,7 @@ class _Look:
             "experiment": settings.experiment,
             "runner": str(self.runner) if self.runner else None,
             "total": total,
+            "extended": n_added(self.frozen),
             "cells_per_hour": self.pace.cells_per_hour if self.pace else None,
             "eta_s": self.pace.eta_s if self.pace else None,
             "used": self.used,
@@ -112,7 +114,8 @@ class _Look:
         shown = [state for state in STATES if total[state]]
         by_state = ", ".join(f"{total[state]} {state}" for state in shown)
         who = f"; run by {self.runner}" if self.runner else "; no run is working on it"
-        title = f"{settings.experiment}: {total['n']} cells: {by_state}{who if not self._queued else ''}"
+        more = f" ({n_added(self.frozen)} by extend)" if n_added(self.frozen) else ""
+        title = f"{settings.experiment}: {total['n']} cells{more}: {by_state}{who if not self._queued else ''}"
         facts = [f"{hours:.3g} {unit} used" for unit, hours in self.used.items()]
         if self.pace:
             facts += [f"{self.pace.cells_per_hour:.3g} cells an hour", f"{duration(self.pace.eta_s)} left"]

@@ -73,6 +73,8 @@ class Plan:
         cells: the distinct cells by id, in the order of the grid.
         runtime: RuntimeConfig, plain.
         provenance: code version, packages, command line, time.
+        extended: what `extend=true` added to the grid, in plain values (extension.Added); its points and cells are among
+            those above.
     """
 
     experiment: str
@@ -80,6 +82,7 @@ class Plan:
     cells: Mapping[str, PlannedCell]
     runtime: Mapping[str, Any]
     provenance: Mapping[str, Any]
+    extended: tuple[Mapping[str, Any], ...] = ()
 
 
 def make_plan(
@@ -212,6 +215,7 @@ class Experiment:
                 cells={point["cell_id"]: PlannedCell(**plain["cells"][point["cell_id"]]) for point in plain["points"]},
                 runtime=plain["runtime"],
                 provenance=plain["provenance"],
+                extended=tuple(plain.get("extended", ())),  # plans from before it have none
             )
         except (KeyError, TypeError) as error:
             raise RecordError(f"{path} is torn ({error}); `run` writes it anew") from error
