@@ -284,10 +284,12 @@ def _loss_curves(table: pd.DataFrame, sets: Sequence[BasinSet], curve_of: CurveO
 
 
 def _at_transferred(table: pd.DataFrame, each: BasinSet) -> Iterable[pd.DataFrame]:
-    """Yield, line by line, the rows at the value nearest to the one that is transferred."""
-    kept = where(table, each.fixed)
-    by_name = {panel.col: panel for panel in each.panels}
+    """Yield, line by line, the rows at the value nearest to the one that is transferred; of the last row of panels."""
+    *_, (last, kept) = panels_of(where(table, each.fixed), each.row)
+    by_name = {panel.col: panel for panel in each.panels if panel.row == last}
     for name, rows in panels_of(kept, each.col):
+        if name not in by_name:  # not of this figure: it shows a part of the grid
+            continue
         wanted = _transferred(by_name[name])
         for hue in values_of(rows, each.hue):
             line = having(rows, each.hue, hue)

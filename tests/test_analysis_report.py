@@ -13,7 +13,7 @@ import pytest
 from analysis.frames import frame
 from analysis.report import CELLS_LISTED, Report, report, study_cell_ids
 from analysis.report_cost import flops_text, time_text
-from analysis.report_figures import Picture, basins_of, line_axis, size_px, svg, swept_axis
+from analysis.report_figures import Own, Picture, basins_of, line_axis, size_px, svg, swept_axis
 from analysis.report_origin import Table, command_text
 from analysis.report_page import html
 from supar_sweep.errors import ConfigError
@@ -80,6 +80,21 @@ def test_its_figures_are_those_that_the_grid_supports(whole: Report) -> None:
     assert set(reasons) == {"heatmap", "scaling"}
     assert "several widths" in reasons["heatmap"]
     assert "a fit needs" in reasons["scaling"]
+
+
+def test_the_experiments_own_figure_comes_first_and_decides_the_verdict() -> None:
+    own = Own("pareto", {"x": "density", "hue": "parameterization", "col": None}, {"parameterization": "sp"}, 1 / 16)
+    first = report(replace(records(), own=own)).figures[0]
+    assert (first.kind, first.data.x, {curve.hue for _, curves in first.data.panels for curve in curves}) == (
+        "pareto",
+        "density",
+        {"sp"},
+    )
+    axes = {"x": "lr", "hue": "density", "col": "parameterization"}
+    sparse = report(replace(records(), own=Own("lr_basins", axes, {"parameterization": "sp"}, 1 / 16)))
+    assert sparse.figures[0].kind == "lr_basins"
+    assert {each.parameterization for each in sparse.entries} == {"sp"}
+    assert {each.density: each.is_reference for each in sparse.entries} == {1.0: False, 1 / 16: True}
 
 
 def test_a_basin_without_any_loss_is_left_out() -> None:

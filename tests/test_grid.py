@@ -91,6 +91,28 @@ def test_values_have_the_type_of_their_field() -> None:
     assert isinstance(point.axes["density"], float)
 
 
+def test_a_zipped_key_keeps_its_values_where_by_names_none() -> None:
+    shapes = {"width": [16, 32], "density": [1, 0.25], "lr": [0.1, 0.2]}
+    axes = {"parameterization": ["sp", "supar"]}
+    by = {"parameterization": {"supar": {"lr": [0.5, 0.6]}}}
+    found = [
+        (cell.parameterization, cell.model.width, cell.density, cell.hparams.lr)
+        for cell in (point.cell for point in grid(axes=axes, zipped=(shapes,), by=by))
+    ]
+    assert found == [
+        ("sp", 16, 1.0, 0.1),
+        ("sp", 32, 0.25, 0.2),
+        *(("supar", 16, 1.0, lr) for lr in (0.5, 0.6)),
+        *(("supar", 32, 0.25, lr) for lr in (0.5, 0.6)),
+    ]
+    for everywhere in ({"lr": [0.5]}, {"lr": [0.6]}):
+        by = {"parameterization": {"sp": everywhere, "supar": everywhere}}
+        with pytest.raises(ConfigError, match="lr: has no effect"):
+            grid(axes=axes, zipped=(shapes,), by=by)
+    with pytest.raises(ConfigError, match="lr: is swept twice"):
+        grid(axes={**axes, "lr": [0.3]}, zipped=(shapes,), by={"parameterization": {"sp": {"lr": [0.5]}}})
+
+
 def test_zipped_axes_walk_in_step() -> None:
     points = grid(zipped=({"width": [16, 32], "density": [1, 0.5]},), axes={"seed": [0, 1]})
     assert [(p.axes["seed"], p.axes["width"], p.axes["density"]) for p in points] == [
