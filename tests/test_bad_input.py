@@ -20,19 +20,9 @@ __all__ = ["here"]
 @pytest.mark.parametrize("command", COMMANDS)
 def test_each_command_knows_its_own_sections(command: str) -> None:
     wanted = {*CELL_KEYS, *OUTPUT, *READS[command]}
-    if command in ("export", "logs"):  # the checkpoint, or the record, says what cell it is of
+    if command in ("export", "logs"):  # a record says what cell it is of
         wanted -= {*CELL_KEYS, "hparams_file", "tuned_at"}
-    chosen = {"scale", "scales"}  # an experiment's, where one with scales is chosen
-    if command == "coord-check":
-        chosen.add("experiment")
-    assert set(compose(command)) - chosen == wanted - chosen
-    assert set(compose(command)) <= wanted
-
-
-@pytest.mark.parametrize("command", [each for each in COMMANDS if "scales" in READS[each] and each != "quickstart"])
-def test_an_experiment_of_the_paper_brings_its_scales(command: str) -> None:
-    figure = "fig5" if command == "coord-check" else "fig6"
-    assert {"scale", "scales", "experiment"} <= set(compose(command, [f"experiment={figure}", "scale=cpu"]))
+    assert set(compose(command)) == wanted
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ FIGURE = ("figure", "x", "hue", "col", "row", "where", "metric", "reference")
 READS = {
     "quickstart": (*_GRID, *FIGURE, "study"),
     "reproduce": (*_GRID, *FIGURE, "study", "check"),
-    "tune": ("launcher", "runtime", "study", "scale"),
+    "tune": ("launcher", "runtime", "study", *_SCALE),
     "transfer": ("target",),
     "rules": ("show",),
     "plan": (*_GRID, "test_only"),
