@@ -301,7 +301,7 @@ def test_failures_stand_by_kind_with_message_and_log() -> None:
     found = report(records(plan, ends, unfinished_s=120.0))
     assert found.failures is not None
     assert [row[:4] for row in found.failures.rows] == [
-        ("failed", "2", "ValueError: no", "runs/cells/a/log.txt"),
+        ("failed", "2", "ValueError: no; begun 2 times", "runs/cells/a/log.txt"),
         ("oom", "1", "out of memory", "runs/cells/c/attempts/0001"),
     ]
     assert "2 failed, 1 oom of" in found.incomplete

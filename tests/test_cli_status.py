@@ -78,6 +78,8 @@ def test_ctrl_c_leaves_the_watch_quietly(here: Path) -> None:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # a shell's background jobs are born deaf to it, and so are their children
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         assert watching.stdout is not None
         assert "1 running" in watching.stdout.readline()

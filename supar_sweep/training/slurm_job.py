@@ -157,11 +157,16 @@ def main(arguments: Sequence[str]) -> int:
             go_on(element, stopped, before, ranks.why())
     why = ranks.why()
     ranks.leave()
-    if ranks.lost:  # to tidy up is to wait for the rank that is gone, on a GPU without end
+    exit_code = _exit_code(why, ends)
+    if ranks.world_size > 1:
+        # torch's threads may abort an interpreter that ends; and to tidy up is to wait for a rank that is gone, on a GPU
+        # without end
         sys.stdout.flush()
-        os._exit(1)
-    if not ranks.is_first:
-        return 0
+        os._exit(int(ranks.lost) if ranks.lost or not ranks.is_first else exit_code)
+    return exit_code
+
+
+def _exit_code(why: Stop | None, ends: Mapping[str, str]) -> int:
     if why is not None and any(end not in SETTLED for end in ends.values()):
         return LEFT
     return int(any(end not in ("done", "diverged") for end in ends.values()))
