@@ -2,8 +2,8 @@
 
 Rules multiply the lr of hidden weights by density^-a: SuPar's a is 1, muP's 0. Each exponent that was run has a shift of its
 own, how far the best lr of a sparse model lies from the dense one's, and the exponent that transfers is where the shift
-crosses zero. One sweep under a = 0 does not say it: there the lr of embedding, head and norms moves along, which holds the
-optimum back, so that its shift over log2(1/density) is too small an exponent (docs/LOG.md).
+crosses zero. One sweep under a = 0 does not say it: there the lr of embedding, head and norms moves along, and its shift over
+log2(1/density) is too small an exponent: .6 for static masks (docs/LOG.md).
 """
 
 from __future__ import annotations

@@ -230,7 +230,7 @@ def _lr_exponent(table: pd.DataFrame, metric: str, own: Own) -> Picture:
     return Picture(
         "lr_exponent",
         "lr_exponent",
-        "Which power of density the best learning rate goes with",
+        "With which power of density the learning rate must go",
         "How far the best value moves from the dense one's under each exponent that was run. The exponent that keeps it in "
         "place is where a line crosses zero.",
         lr_exponent.lr_exponent(table, **own.axes, metric=metric, fixed=own.fixed, reference=own.reference),

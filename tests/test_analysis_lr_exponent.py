@@ -11,6 +11,7 @@ import pytest
 
 from analysis.frames import frame
 from analysis.lr_exponent import Best, LrExponents, Series, data_rows, draw, falls_through_zero, lr_exponent
+from analysis.report_figures import Own, basins_of, data_csv, pictures, svg
 from analysis.verdict import Shift
 from supar_sweep.errors import ConfigError
 from tests.basin_rows import DENSITIES, rows
@@ -110,6 +111,15 @@ def test_the_figure_has_the_known_rules_and_a_line_a_method() -> None:
     assert axes.get_title() == "Density 1/16"
     assert {text.get_text() for text in axes.texts} == {"\xb5P", "SMET", "S\xb5Par"}
     assert [text.get_text() for text in drawn.legends[0].get_texts()] == ["RigL", "GMP"]
+
+
+def test_a_report_of_the_study_shows_it_first() -> None:
+    own = Own("lr_exponent", {"x": "dynamic_lr_exponent", "hue": "method"}, {}, None)
+    runs = table(EXPONENTS).assign(live_parameters=1000)
+    drawn, _ = pictures(runs, basins_of(runs, "train_loss", own), "train_loss", lambda _: [], None, own)
+    assert drawn[0].kind == "lr_exponent"
+    assert svg(drawn[0]).startswith(b"<?xml")
+    assert "best_exponent" in data_csv(drawn[0])
 
 
 def test_a_grid_without_the_axis_is_refused() -> None:
