@@ -70,7 +70,7 @@ class SlurmLauncher:
         size: Callable[[Job], Size] = lambda job: Size(),
     ) -> None:
         self._slurm = Slurm()
-        if config.sbatch:
+        if config.further_options:
             config.check_options(self._slurm.options())
         self._max_array_size = self._slurm.max_array_size()
         self._config, self._threads, self._function, self._size = config, threads, function, size
@@ -140,7 +140,10 @@ class SlurmLauncher:
     def cancel(self, *, now: bool = False) -> None:
         """Drop what was not submitted; have SLURM end the rest: asked to save first, or killed `now`."""
         self._cancelled = True
-        self._events += [Event(job["cell_id"], "cancelled") for job in self._kept_back()]
+        # what was withdrawn and not told yet: nobody will ask for it now
+        back = [*(job["cell_id"] for job in self._kept_back()), *self._withdrawn]
+        self._withdrawn = set()
+        self._events += [Event(this, "cancelled") for this in back]
         whole = {element.array.key for element in self._elements.values() if not element.adopted}
         ids = {
             each if element.array.key not in whole else each.partition("_")[0]
@@ -166,6 +169,8 @@ class SlurmLauncher:
     def flush(self) -> set[str]:
         """Submit what was gathered, and return the cells that the queue does not take now."""
         self._submit_gathered()
+        # whoever does not stay wants sbatch's word alone: an element may have begun, and failed, by now
+        self._look_at_s = time.monotonic() + self._config.poll_s
         return {job["cell_id"] for batch in self._batches for job in batch.jobs}
 
     def _kept_back(self) -> list[Job]:
@@ -323,7 +328,7 @@ class SlurmLauncher:
             if verdict.settled:
                 del element.waiting[cell_id]
                 event = self._told(verdict, own, folder, element.array, each, last_words)
-                if element.withdrawn and verdict.state in ("cancelled", "missing"):
+                if element.withdrawn and not self._cancelled and verdict.state in ("cancelled", "missing"):
                     self._withdrawn.add(cell_id)
                 else:
                     self._events.append(event)

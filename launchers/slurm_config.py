@@ -187,6 +187,12 @@ class SlurmConfig:
         """Processes that train a cell together."""
         return self.nodes * self.ranks_per_node
 
+    @property
+    def further_options(self) -> list[tuple[str, str]]:
+        """The further options of sbatch that all cells, or those of a row of `larger`, ask for: their keys and names."""
+        rows = {f"larger[{index}].": row.get("sbatch") or {} for index, row in enumerate(self.larger)}
+        return [(f"launcher.{row}sbatch.{name}", name) for row, more in {"": self.sbatch, **rows}.items() for name in more]
+
     def check_options(self, known: Collection[str]) -> None:
         """Raise ConfigError for the first further option that sbatch does not have.
 
@@ -194,11 +200,9 @@ class SlurmConfig:
             known: the options that it has (`options_in`).
         """
         allowed = sorted(set(known) - SET_ELSEWHERE.keys() - {*FIXED})
-        for name in self.sbatch:
+        for key, name in self.further_options:
             if name.replace("_", "-") not in known:
-                raise ConfigError(
-                    f"launcher.sbatch.{name}", "no such option of sbatch", allowed=allowed, nearest_to=name
-                )
+                raise ConfigError(key, "no such option of sbatch", allowed=allowed, nearest_to=name)
 
 
 def options_in(usage: str) -> set[str]:

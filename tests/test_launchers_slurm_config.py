@@ -97,6 +97,9 @@ def test_a_further_option_is_one_of_sbatchs_own() -> None:
     with pytest.raises(ConfigError, match=r"launcher\.sbatch\.exclud: no such option") as error:
         shipped("slurm", sbatch={"exclud": "n7"}).check_options(known)
     assert str(error.value).endswith("did you mean 'exclude'?; allowed: exclude, exclusive, nodelist")
+    of_a_row = shipped("slurm", larger=[{"above_gb": 1, "mem_gb": 90}, {"above_gb": 2, "sbatch": {"exclud": "n7"}}])
+    with pytest.raises(ConfigError, match=r"launcher\.larger\[1\]\.sbatch\.exclud: no such option"):
+        of_a_row.check_options(known)
 
 
 ROWS: tuple[dict[str, Any], ...] = (

@@ -276,7 +276,7 @@ def _arrays(
             raise
         slurm, max_array_size = None, of_slurm.USUAL_MAX_ARRAY_SIZE
         say(f"{error}; arrays are shown as of SLURM's usual MaxArraySize, their sbatch text only on the cluster")
-    if slurm and config.sbatch:
+    if slurm and config.further_options:
         config.check_options(slurm.options())
     now = islice(grouped, max(0, config.max_elements * config.processes - n_there))
     batches = of_slurm.batches(
