@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from supar_sweep.cli import calibrate as command
 from supar_sweep.config.decode import decode
 from supar_sweep.config.schema import CellConfig
 from supar_sweep.errors import RecordError
 from supar_sweep.sweep.calibration import newest, shape_key, store
+from supar_sweep.sweep.jobs import Event
 from supar_sweep.training.environment import device_name
 from supar_sweep.training.run_cell import run_cell
 from tests.command_line import CELL, call, here, refused
@@ -131,6 +134,23 @@ def test_what_was_measured_becomes_hours_of_the_plan(here: Path, capsys: pytest.
     assert found["wall_s"] == pytest.approx(3600 * hours)  # of one process
     wider = json.loads(call(capsys, "plan", *GRID, "model.context_tokens=8", "format=json")[1])
     assert wider["calibration"] is None
+
+
+def test_no_call_follows_what_another_has_in_a_queue(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[set[str]] = []
+
+    def measured(launcher: object, jobs: Sequence[Mapping[str, Any]], live: object) -> dict[str, Event]:
+        asked.append({job["cell_id"] for job in jobs})
+        return {}
+
+    monkeypatch.setattr(command, "_measured", measured)
+    for _ in range(2):
+        call(capsys, "calibrate", *GRID)
+    first, second = asked
+    assert len(first) == len(second) == 2
+    assert first.isdisjoint(second)
 
 
 def tiny_cell_of(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -123,7 +124,9 @@ class _Shape:
         """Yield a measurement for each process."""
         cell = grid.cells[self.like]
         runtime = replace(runtime, cohort=self.together)
-        for seed in range(self.processes):
+        # never twice the same cell: an element of an earlier call that is still in the queue would be followed, and it writes elsewhere
+        first = secrets.randbelow(2**62)
+        for seed in range(first, first + self.processes):
             measured = replace(cell, seed=seed, train=replace(cell.train, target=TARGET))
             facts = {**grid.plan.provenance, "calibrates": self.key}
             yield make_job(store, measured, runtime, grid.plan.cells[self.like].fingerprint, facts)
