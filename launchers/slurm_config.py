@@ -191,7 +191,9 @@ class SlurmConfig:
     def further_options(self) -> list[tuple[str, str]]:
         """The further options of sbatch that all cells, or those of a row of `larger`, ask for: their keys and names."""
         rows = {f"larger[{index}].": row.get("sbatch") or {} for index, row in enumerate(self.larger)}
-        return [(f"launcher.{row}sbatch.{name}", name) for row, more in {"": self.sbatch, **rows}.items() for name in more]
+        return [
+            (f"launcher.{row}sbatch.{name}", name) for row, more in {"": self.sbatch, **rows}.items() for name in more
+        ]
 
     def check_options(self, known: Collection[str]) -> None:
         """Raise ConfigError for the first further option that sbatch does not have.

@@ -14,6 +14,7 @@ from supar_sweep.cli import calibrate as command
 from supar_sweep.config.decode import decode
 from supar_sweep.config.schema import CellConfig
 from supar_sweep.errors import RecordError
+from supar_sweep.sweep import calibration
 from supar_sweep.sweep.calibration import newest, shape_key, store
 from supar_sweep.sweep.jobs import Event
 from supar_sweep.training.environment import device_name
@@ -151,6 +152,30 @@ def test_no_call_follows_what_another_has_in_a_queue(
     first, second = asked
     assert len(first) == len(second) == 2
     assert first.isdisjoint(second)
+
+
+def test_only_what_one_process_trains_is_timed_and_has_hours(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(here))  # no SLURM
+    monkeypatch.setattr(calibration, "shape_key", lambda cell, runtime: str(cell.model.width))
+    store(Path("runs"), "slurm", "a CPU (cpu)", "cpu", {"16": ROW, "32": ROW})
+    grid = (*CELL, "experiment.name=g", "experiment.axes.width=[16,32]", "launcher=dev_cluster")
+
+    def planned(*words: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(call(capsys, "plan", *grid, *words, "format=json")[1])
+        return found
+
+    small, large = planned()["shapes"]
+    assert small["hours_left"] == large["hours_left"] > 0
+    between_gb = (small["memory_gb"] + large["memory_gb"]) / 2
+    found = planned(f"launcher.larger=[{{above_gb: {between_gb}, nodes: 2}}]")
+    assert [row["hours_left"] for row in found["shapes"]] == [small["hours_left"], None]
+    assert found["unmeasured"] == 1
+
+    for word, key in (("larger=[{above_gb: 0, nodes: 2}]", "larger"), ("tasks_per_node=2", "tasks_per_node")):
+        said = refused(capsys, "calibrate", *grid, f"launcher.{word}")
+        assert f"launcher.{key}: has 2 processes train each cell together" in said
 
 
 def tiny_cell_of(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:

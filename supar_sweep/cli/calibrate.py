@@ -20,6 +20,7 @@ from supar_sweep.cli.launch import (
     launcher_config,
     make_launcher,
     price,
+    ranks_for,
     with_threads,
 )
 from supar_sweep.cli.output import emit, say, say_written
@@ -49,13 +50,13 @@ def calibrate(settings: Settings) -> int:
     for key in settings.given():
         if key in IDLE:
             raise ConfigError(key, "has no effect on calibrate", allowed="leave it out")
-    _refuse_ranks(settings)
     grid = freeze(settings)
+    ours = _to_time(settings, grid.cells)
     found = states(experiment_of(settings), grid.plan)
     left = [cell for this, cell in grid.cells.items() if not found[this].complete]
     settings = with_threads(settings, left or grid.cells.values())
     with make_launcher(settings) as launcher, _scratch(settings.runs_dir) as scratch:
-        shapes = _shapes(settings, grid, launcher)
+        shapes = _shapes(settings, ours, launcher)
         jobs = [job for shape in shapes for job in shape.jobs(grid, settings.runtime(), Store(scratch / "cells"))]
         with Live(f"calibrate {settings.experiment}") as live:
             ends = _measured(launcher, jobs, live)
@@ -73,16 +74,31 @@ def calibrate(settings: Settings) -> int:
     return INCOMPLETE if failed else 0
 
 
-def _refuse_ranks(settings: Settings) -> None:
-    config = launcher_config(settings)
-    if not isinstance(config, LocalConfig) and config.ranks > 1:
-        key = "gpus_per_node" if config.gpus_per_node and config.nodes == 1 else "nodes"
+def _to_time(settings: Settings, cells: Mapping[str, CellConfig]) -> dict[str, CellConfig]:
+    """Return the cells that one process trains by itself, and by our own training function.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    ours = {this: cell for this, cell in cells.items() if cell.train.target is None}
+    if not ours:
+        target = next(iter(cells.values())).train.target
+        raise ConfigError("train.target", "has no steps that calibrate could time", value=target, allowed="null")
+    ranks_of, config = ranks_for(settings), launcher_config(settings)
+    ranks = {this: ranks_of(cell) for this, cell in ours.items()}
+    alone = {this: cell for this, cell in ours.items() if ranks[this] == 1}
+    if not alone:
+        of_all = {"nodes": config.nodes > 1, "gpus_per_node": config.gpus_per_node, "tasks_per_node": True}
+        key = "larger" if config.ranks == 1 else next(key for key, has in of_all.items() if has)
         raise ConfigError(
             f"launcher.{key}",
-            f"has {config.ranks} processes train each cell together, and calibrate times one by itself",
+            f"has {max(ranks.values())} processes train each cell together, and calibrate times one by itself",
             value=getattr(config, key),
-            allowed="1, or launcher.processes_per_gpu=1, which gives each process cells of its own",
+            allowed="one process a cell, or processes_per_gpu=1, which gives each process cells of its own",
         )
+    if len(alone) < len(ours):
+        say(f"{len(ours) - len(alone)} cells are not timed: several processes train each of them together")
+    return alone
 
 
 _COLUMNS = {
@@ -124,7 +140,7 @@ class _Shape:
         """Yield a measurement for each process."""
         cell = grid.cells[self.like]
         runtime = replace(runtime, cohort=self.together)
-        # never twice the same cell: an element of an earlier call that is still in the queue would be followed, and it writes elsewhere
+        # never twice the same cell: what an earlier call has in a queue would be followed, and it writes elsewhere
         first = secrets.randbelow(2**62)
         for seed in range(first, first + self.processes):
             measured = replace(cell, seed=seed, train=replace(cell.train, target=TARGET))
@@ -132,13 +148,9 @@ class _Shape:
             yield make_job(store, measured, runtime, grid.plan.cells[self.like].fingerprint, facts)
 
 
-def _shapes(settings: Settings, grid: Grid, launcher: Launcher) -> list[_Shape]:
-    """Return the distinct shapes of the grid, the dearest first, each in the company of its first group."""
+def _shapes(settings: Settings, ours: Mapping[str, CellConfig], launcher: Launcher) -> list[_Shape]:
+    """Return the distinct shapes of these cells, the dearest first, each in the company of its first group."""
     runtime, price_of = settings.runtime(), price(settings, launcher.processes)
-    ours = {this: cell for this, cell in grid.cells.items() if cell.train.target is None}
-    if not ours:
-        target = next(iter(grid.cells.values())).train.target
-        raise ConfigError("train.target", "has no steps that calibrate could time", value=target, allowed="null")
     prices = {this: price_of(cell) for this, cell in ours.items()}
     members: dict[str, list[str]] = {}
     together: dict[str, int] = {}

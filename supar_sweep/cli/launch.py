@@ -233,17 +233,27 @@ def check_shares(settings: Settings, cells: Iterable[CellConfig]) -> None:
         settings: which launcher.
         cells: that are to be trained.
     """
-    config, cohort = launcher_config(settings), settings.runtime().cohort
-    if isinstance(config, LocalConfig):
-        return
-    size = sizes(settings)
-    ranks_by_row = [config.with_row(row).ranks for row in range(len(config.larger) + 1)]
+    ranks_of, cohort = ranks_for(settings), settings.runtime().cohort
     for cell in cells:
-        ranks = ranks_by_row[config.row_for(*size(cell)) if config.larger else 0]
+        ranks = ranks_of(cell)
         if ranks > 1 and cohort not in (None, 1):
             problem = f"has no effect where {ranks} processes train each cell together (launcher.nodes, gpus_per_node)"
             raise ConfigError("runtime.cohort", problem, value=cohort, allowed="1 or null")
         check_ranks(cell, ranks)
+
+
+def ranks_for(settings: Settings) -> Callable[[CellConfig], int]:
+    """Return what says how many processes train a cell together.
+
+    Args:
+        settings: which launcher.
+    """
+    config = launcher_config(settings)
+    if isinstance(config, LocalConfig):
+        return lambda cell: 1
+    size = sizes(settings)
+    by_row = [int(config.with_row(row).ranks) for row in range(len(config.larger) + 1)]
+    return lambda cell: by_row[config.row_for(*size(cell)) if config.larger else 0]
 
 
 def submission_facts(settings: Settings) -> dict[str, Any]:

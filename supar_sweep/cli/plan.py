@@ -21,6 +21,7 @@ from supar_sweep.cli.launch import (
     launcher_config,
     price,
     processes_of,
+    ranks_for,
     shape_key,
     sizes,
     with_threads,
@@ -202,15 +203,15 @@ def _runs(settings: Settings, cells: Mapping[str, CellConfig]) -> _Runs:
     kind, launcher = device_kind(settings), str(launcher_config(settings).name)
     # what the nodes of a cluster are, and which GPU this is, only the measurement itself knows
     device = f"{device_name('cpu')} (cpu)" if (launcher, kind) == ("local", "cpu") else None
-    alone = launcher == "local" or launcher_config(settings).ranks == 1
-    known = calibration.newest(settings.runs_dir, launcher, kind, device) if alone else None
-    runtime = settings.runtime()
+    known = calibration.newest(settings.runs_dir, launcher, kind, device)
+    runtime, ranks_of = settings.runtime(), ranks_for(settings)
     by_shape: dict[tuple[Any, ...], float | None] = {}
     found = {}
     for this, cell in cells.items():
         key = shape_key(cell)
         if key not in by_shape:
-            by_shape[key] = known.run_s(cell, runtime) if known and cell.train.target is None else None
+            measured = known and cell.train.target is None and ranks_of(cell) == 1  # by itself, as calibrate times it
+            by_shape[key] = known.run_s(cell, runtime) if known and measured else None
         found[this] = by_shape[key]
     return _Runs(found, known.device if known and any(found.values()) else None)
 

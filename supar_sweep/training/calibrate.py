@@ -18,7 +18,6 @@ from supar_sweep.training.corpus import Corpus
 from supar_sweep.training.member import Outcome, ShouldStop, Sink, Stop, stop_reason
 from supar_sweep.training.train import Run
 
-TARGET = f"{__name__}.train"
 WARM_UP_PASSES = 2
 TIMED_PASSES, TIMED_S = 3, 1.0
 """At least so many passes, and so long."""
