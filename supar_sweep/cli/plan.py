@@ -50,7 +50,6 @@ CELL_OVERHEAD_BYTES = 12_000
 """ASSUMPTION: what a cell's files take besides its metrics, in file system blocks."""
 
 
-
 def plan(settings: Settings) -> int:
     """Print which cells the grid has, what they cost, what is done, what would be submitted; nothing is started."""
     local = isinstance(launcher_config(settings), LocalConfig)
