@@ -114,6 +114,17 @@ def test_a_verdict_over_init_std_stands_beside_that_over_lr(records: Path, capsy
     assert all("log2_init_std_opt" in row for row in rows)
 
 
+def test_a_figure_that_the_experiment_names_on_the_command_line_is_no_idle_word(
+    records: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    words = ("experiment.name=over_lr", "+experiment.plot.figure=pareto", "where.width=16")
+    code, _, err = call(capsys, "plot", f"runs_dir={records}", *words)
+    assert code == 0, err
+    assert "pareto-width16.png" in err
+    assert "no effect" not in err
+
+
 def test_loss_curves_hold_every_step_of_a_short_run(records: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows, _ = plot(records, capsys, "figure=loss_curves", "x=step", "where={width: 16, lr: 0.0078125}")
     assert sorted({row["step"] for row in rows}) == [1, 2, 3, 4]

@@ -262,6 +262,7 @@ def readme_tree() -> set[str]:
         while folders and folders[-1][0] >= depth:
             folders.pop()
         path = (folders[-1][1] if folders else "") + name
+        assert path not in paths, f"{path} stands twice in the README's tree"
         paths.add(path)
         if name.endswith("/"):
             folders.append((depth, path))

@@ -21,6 +21,10 @@ def took(begun_s: float, finished_s: float) -> Spent:
         ({"device": "cpu", "threads": 3, "train_s": 7200.0}, {"core-hours": 6.0}),
         ({"device": "cuda", "threads": 8, "train_s": 7200.0}, {"GPU-hours": 2.0}),
         ({"device": "cuda", "threads": 8, "train_s": 7200.0, "ranks": 4}, {"GPU-hours": 8.0}),
+        (
+            {"device": "cuda", "train_s": 7200.0, "provenance": {"slurm": {"process": 1, "on_gpu": 4}}},
+            {"GPU-hours": 2.0 / 4},
+        ),
         ({"device": "cpu", "wall_s": 1800.0}, {"core-hours": 0.5}),
         ({}, {}),
     ],

@@ -155,6 +155,8 @@ def test_each_has_a_tmpdir_and_a_gpu_of_its_own(
     assert len(folders) == 4
     assert not any(Path(folder).exists() for folder in folders), "swept up"
     assert [result["provenance"]["slurm"]["process"] for result in results] == [1, 2, 3, 4]
+    on_gpu = 4 // len(gpus.split(",")) if gpus else 1
+    assert [result["provenance"]["slurm"]["on_gpu"] for result in results] == [on_gpu] * 4
 
 
 @pytest.mark.parametrize(

@@ -238,13 +238,29 @@ def test_the_typed_word_wins_over_the_row() -> None:
         ("coord-check experiment=fig6 scale=cpu", "experiment: fig6-cpu is a grid, not a coordinate check"),
         ("report experiment=fig5 scale=cpu", "figure: is not of a grid"),
         ("plot experiment=fig6 scale=cpu +experiment.plot.hues=width", "did you mean 'hue'?"),
+        ("status experiment=fig5 scale=cpu", "experiment: fig5-cpu is a coordinate check, not a grid"),
+        ("plot experiment=fig5 scale=cpu figure=lr_basins", "experiment: fig5-cpu is a coordinate check, not a grid"),
+        ("plan fig6 scale=cpu", "cannot read 'fig6': settings are key=value, as experiment=fig6"),
+        ("run fig66", "cannot read 'fig66': settings are key=value"),
+        ("report experiment=fig6 scale=cpu figure=scaling x=lr", "x: has no effect on figure=scaling"),
         ("reproduce", "experiment: must be set"),
+        # before the search, not after it
+        ("reproduce fig6 scale=cpu figure=study", "figure: is not of a grid's records"),
+        ("reproduce fig6 scale=cpu figure=coord_check", "figure: is not of a grid's records"),
+        ("reproduce fig6 scale=cpu figure=pareto row=seed", "row: has no effect on figure=pareto"),
+        ("reproduce fig6 scale=cpu check.name=x", "check.name: has no effect on figure=lr_basins"),
+        ("reproduce fig6 scale=cpu hparams=cpu study.n_trials=2", "study.n_trials: has no effect: hparams gives"),
+        ("reproduce fig5 scale=cpu figure=pareto", "figure: fig5-cpu is a coordinate check (got 'pareto')"),
+        ("reproduce fig5 scale=cpu schedule.warmup_steps=1", "schedule.warmup_steps: has no effect on coord-check"),
+        ("reproduce fig5 scale=cpu check.widths=[17]", "d_head"),
+        ("quickstart figure=coord_check", "figure: is not of a grid's records"),
         ("reproduce fig66 scale=cpu", "did you mean 'fig6'?"),
         ("reproduce fig6 scale=cpu launcher=slurm launcher.wait=false", "launcher.wait: must be true"),
     ],
 )
 def test_wrong_requests_are_refused(here: Path, capsys: pytest.CaptureFixture[str], words: str, says: str) -> None:
     assert says in refused(capsys, *words.split())
+    assert not (here / "runs").exists()
 
 
 TINY = (

@@ -197,6 +197,11 @@ def _teach(error: Exception, word: str) -> SuparError:
     if "Ambiguous value" in lines[0]:
         return SuparError(f"{lines[0]}; several values are an axis: experiment.axes.KEY=[...]")
     typed = getattr(error, "override", None)
+    if typed and re.fullmatch(r"[\w-]+", typed):
+        near = typed if (conf_dir() / "experiment" / f"{typed}.yaml").is_file() else ""
+        return SuparError(
+            f"cannot read '{typed}': settings are key=value" + (f", as experiment={near}" if near else "")
+        )
     where = f"cannot read '{typed}': " if typed else ""
     # a cause says what is wrong, Hydra's own first line where
     cause = str(error.__cause__ or "").strip().partition("\n")[0]

@@ -52,12 +52,23 @@ class CheckConfig:
 
 def coord_check(settings: Settings) -> int:
     """Train what is not there yet, draw, print the tests; return 0, whatever they say."""
+    config = checked(settings)
+    draw(_records(settings, config), config, config.folder(settings), settings.format)
+    return 0
+
+
+def checked(settings: Settings) -> CheckConfig:
+    """Return the section `check`, after a look at all that can be wrong.
+
+    Raises:
+        ConfigError, GridError: what is wrong.
+    """
     config = check_config(settings)
     _refuse_idle(settings)
     if settings.plain.get("experiment") and settings.drawn().get("figure") != "coord_check":
         raise ConfigError("experiment", f"{settings.experiment} is a grid, not a coordinate check", allowed="run, plot")
-    draw(_records(settings, config), config, config.folder(settings), settings.format)
-    return 0
+    _cells(settings, config)
+    return config
 
 
 def check_config(settings: Settings) -> CheckConfig:

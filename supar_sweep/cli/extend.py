@@ -8,6 +8,7 @@ from typing import Any
 
 from supar_sweep.cli.launch import Grid, experiment_of, flops, grown, launcher_config, shape_key
 from supar_sweep.cli.output import say
+from supar_sweep.cli.plot import metric_of
 from supar_sweep.cli.rooms import room
 from supar_sweep.cli.settings import Settings
 from supar_sweep.config.decode import decode
@@ -55,8 +56,6 @@ class Extension:
         Raises:
             ConfigError: settings that cannot be, or that have no effect.
         """
-        from supar_sweep.cli.plot import metric_of  # plot reads notes of grid, which asks here
-
         plain = settings.plain
         if not isinstance(plain["extend"], bool):
             raise ConfigError("extend", "must be true or false", value=plain["extend"])

@@ -146,7 +146,8 @@ def launcher_config(settings: Settings) -> Any:
 
 
 def experiment_of(settings: Settings) -> Experiment:
-    """Return the grid's place in the runs folder."""
+    """Return the grid's place in the runs folder. Raises ConfigError for an experiment that is no grid."""
+    settings.refuse_check()
     return Experiment(settings.runs_dir, settings.experiment)
 
 

@@ -30,7 +30,7 @@ from supar_sweep.cli.output import emit, say, write_json
 from supar_sweep.cli.progress import duration
 from supar_sweep.cli.rooms import room
 from supar_sweep.cli.settings import Settings
-from supar_sweep.cli.status import with_queue
+from supar_sweep.cli.status import UNDER_WAY, with_queue
 from supar_sweep.config.decode import encode
 from supar_sweep.config.schema import CellConfig
 from supar_sweep.errors import ConfigError, SuparError
@@ -40,6 +40,7 @@ from supar_sweep.sweep.code import code_version
 from supar_sweep.sweep.cohorts import groups
 from supar_sweep.sweep.extension import n_added
 from supar_sweep.sweep.files import write_file
+from supar_sweep.sweep.pace import S_AN_HOUR
 from supar_sweep.sweep.status import STATES, states
 from supar_sweep.training.cost import count_parameters, memory_gb
 from supar_sweep.training.environment import device_name
@@ -48,9 +49,6 @@ from supar_sweep.training.worker import RUN_CELLS
 METRICS_LINE_BYTES = 150
 CELL_OVERHEAD_BYTES = 12_000
 """ASSUMPTION: what a cell's files take besides its metrics, in file system blocks."""
-
-UNDER_WAY = ("running", "pending", "held")
-S_AN_HOUR = 3600.0
 
 
 def plan(settings: Settings) -> int:

@@ -48,7 +48,8 @@ KINDS = {
     "coord_check": Kind(None, None, None, ("figure", "check")),
 }
 NO_PANELS = "none"
-NO_GRID = ("study", "coord_check")
+CHECK = "coord_check"
+NO_GRID = ("study", CHECK)
 """Figures of other records than a grid's."""
 
 
@@ -78,7 +79,7 @@ class PlotConfig(MetricConfig):
 def plot(settings: Settings) -> int:
     """Draw a figure and write its data beside it; for basins also write and print the verdict; return 0."""
     config = figure_config(settings)
-    _refuse_idle(settings, config.figure)
+    refuse_idle(settings, config.figure, *FIGURE, "study", "check")
     if config.figure == "study":
         return _study(settings)
     if config.figure == "coord_check":
@@ -158,15 +159,22 @@ def own_figure(settings: Settings) -> Any:
     """Return the figure that is asked for, or that the experiment names, as `report` takes it (report_figures.Own), else None.
 
     Raises:
-        ConfigError: a figure that is not of a grid's records.
+        ConfigError: a figure that is not of a grid's records, or a typed setting that it does not read.
     """
     if not settings.drawn() and not settings.given(*FIGURE):
         return None
     config = figure_config(settings)
+    refuse_no_grid(config)
+    # the report's own verdict reads the metric
+    refuse_idle(settings, config.figure, *(key for key in FIGURE if key != "metric"))
+    return room("analysis.report_figures").Own(config.figure, _axes(config), config.where, config.reference)
+
+
+def refuse_no_grid(config: PlotConfig) -> None:
+    """Raise ConfigError for a figure of other records than a grid's."""
     if config.figure in NO_GRID:
         grids = [kind for kind in KINDS if kind not in NO_GRID]
-        raise ConfigError("figure", "is not of a grid, and a report is", value=config.figure, allowed=grids)
-    return room("analysis.report_figures").Own(config.figure, _axes(config), config.where, config.reference)
+        raise ConfigError("figure", "is not of a grid's records; `plot` draws it", value=config.figure, allowed=grids)
 
 
 def live_hidden_weights(frozen: Plan) -> dict[str, int]:
@@ -271,10 +279,10 @@ def _stem(config: PlotConfig) -> str:
     return "-".join([config.figure, *parts]).replace("/", "_")
 
 
-def _refuse_idle(settings: Settings, figure: str) -> None:
-    """Raise ConfigError for a typed setting that this figure does not read."""
+def refuse_idle(settings: Settings, figure: str, *sections: str) -> None:
+    """Raise ConfigError for a typed setting of `sections` that this figure does not read."""
     reads = KINDS[figure].reads
-    for key in settings.given(*FIGURE, "study", "check"):
+    for key in settings.given(*sections):
         top = key.partition(".")[0]
         if top not in reads:
             raise ConfigError(key, f"has no effect on figure={figure}", allowed=reads)

@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from supar_sweep.cli.compose import compose
-from supar_sweep.cli.coord_check import coord_check
+from supar_sweep.cli.coord_check import checked, coord_check
 from supar_sweep.cli.grid import run_grid
 from supar_sweep.cli.idle import TARGET_ONLY
 from supar_sweep.cli.launch import experiment_of, freeze, launcher_config, make_launcher, with_threads
 from supar_sweep.cli.output import say, say_written
-from supar_sweep.cli.plot import NO_GRID, draw_grid, figure_config, own_figure
+from supar_sweep.cli.plot import CHECK, draw_grid, figure_config, own_figure, refuse_idle, refuse_no_grid
 from supar_sweep.cli.report import write_report
-from supar_sweep.cli.settings import CELL_KEYS, OUTPUT, READS, Settings
+from supar_sweep.cli.settings import CELL_KEYS, FIGURE, OUTPUT, READS, Settings
 from supar_sweep.cli.transfer import say_remapped
 from supar_sweep.cli.tune import checked_proxy, study
 from supar_sweep.errors import ConfigError
@@ -27,6 +27,8 @@ def reproduce(settings: Settings) -> int:
     if settings.plain.get("experiment") is None or not settings.given("experiment"):
         raise ConfigError("experiment", "must be set: what is reproduced", allowed="e.g. reproduce fig6 scale=cpu")
     chosen = [key for key in settings.given() if key in ("hparams", "hparams_file")]
+    if chosen and (idle := settings.given("study")):
+        raise ConfigError(idle[0], f"has no effect: {chosen[0]} gives the hyperparameters", allowed="one of them")
     return whole(settings, None if chosen else proxy_settings(settings), with_report=True)
 
 
@@ -54,11 +56,19 @@ def whole(settings: Settings, proxy: Settings | None, *, with_report: bool) -> i
         with_report: whether a grid's report is written too.
     """
     config = figure_config(settings)
-    is_grid = config.figure not in NO_GRID
+    is_grid = settings.drawn().get("figure") != CHECK
+    if is_grid:
+        refuse_no_grid(config)
+    elif config.figure != CHECK:
+        raise ConfigError("figure", f"{settings.experiment} is a coordinate check", value=config.figure, allowed=CHECK)
+    # the report reads the metric, whatever is drawn
+    refuse_idle(settings, config.figure, *(key for key in FIGURE if key != "metric" or not with_report), "check")
     if not getattr(launcher_config(settings), "wait", True):
         raise ConfigError("launcher.wait", f"must be true: {settings.command} draws what it has run", value=False)
     # bad settings are an error now, not after the search
     cells = list(freeze(settings).cells.values()) if is_grid else []
+    if not is_grid:
+        checked(settings)
     if proxy is not None:
         cells = [checked_proxy(proxy)[0]] * proxy.study().n_trials
     step = _Steps(2 * (proxy is not None) + (3 if is_grid and with_report else 2 if is_grid else 1))

@@ -135,11 +135,15 @@ class Settings:
 
     def grid(self) -> GridSpec:
         """Return what varies. Raises ConfigError for an experiment that is a coordinate check, not a grid."""
+        self.refuse_check()
+        spec = {key: value for key, value in self.plain["experiment"].items() if key not in ("name", "plot")}
+        return decode(GridSpec, spec, prefix="experiment")
+
+    def refuse_check(self) -> None:
+        """Raise ConfigError for an experiment that is a coordinate check, not a grid."""
         if self.drawn().get("figure") == "coord_check":
             name = self.experiment
             raise ConfigError("experiment", f"{name} is a coordinate check, not a grid", allowed="coord-check, plot")
-        spec = {key: value for key, value in self.plain["experiment"].items() if key not in ("name", "plot")}
-        return decode(GridSpec, spec, prefix="experiment")
 
     def points(self) -> list[GridPoint]:
         """Return every cell of the grid.

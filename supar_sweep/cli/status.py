@@ -12,7 +12,7 @@ from supar_sweep.cli.launch import experiment_of
 from supar_sweep.cli.output import say, write_json
 from supar_sweep.cli.progress import duration
 from supar_sweep.cli.rooms import room
-from supar_sweep.cli.settings import FIGURE, Settings
+from supar_sweep.cli.settings import FIGURE, READS, Settings
 from supar_sweep.config.decode import decode
 from supar_sweep.config.schema import CellConfig, RuntimeConfig
 from supar_sweep.errors import ConfigError
@@ -203,7 +203,14 @@ def _group_by(settings: Settings, frozen: Plan) -> Sequence[str]:
 def note_unread(settings: Settings) -> None:
     """Say which of the user's settings play no part, because `run` has frozen the grid."""
     read = ("experiment", "experiment.name", "scale", "runs_dir", "format", "by", "watch", "cell")
-    idle = [key for key in settings.given() if key not in read and key.partition(".")[0] not in FIGURE]
+    draws = "figure" in READS[settings.command]
+    idle = [
+        key
+        for key in settings.given()
+        if key not in read
+        and key.partition(".")[0] not in FIGURE
+        and not (draws and f"{key}.".startswith("experiment.plot."))
+    ]
     if idle:
         say(
             f"note: {settings.command} reads the grid as `run` froze it; "

@@ -141,7 +141,7 @@ def stamped(job: Job, array: str, element: str, **facts: Any) -> dict[str, Any]:
         job: the job.
         array: key of the array.
         element: "<job id>_<index>".
-        facts: further ones: node, restarts, process.
+        facts: further ones: node, restarts, process, on_gpu.
     """
     return {**job, "provenance": {**job["provenance"], "slurm": {"array": array, "element": element, **facts}}}
 

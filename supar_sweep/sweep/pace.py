@@ -18,14 +18,14 @@ class Spent(NamedTuple):
         begun_s, finished_s: of its last attempt, in Unix time.
         train_s: of the training steps of all attempts; a run that shared them with others counts its share.
         device: "cpu" or "cuda".
-        devices: GPUs, or cores, that worked on it at once.
+        devices: GPUs, or cores, that worked on it at once; of a GPU that processes share, its part.
     """
 
     begun_s: float
     finished_s: float
     train_s: float
     device: str
-    devices: int
+    devices: float
 
 
 class Pace(NamedTuple):
@@ -43,7 +43,9 @@ class Pace(NamedTuple):
 def spent(result: Mapping[str, Any]) -> Spent:
     """Return what a published result says of its cost."""
     begun_s, device = float(result.get("started_s") or 0.0), str(result.get("device", "cpu"))
-    devices = int(result.get("ranks") or 1) * (int(result.get("threads") or 1) if device == "cpu" else 1)
+    of_slurm = (result.get("provenance") or {}).get("slurm") or {}
+    each = int(result.get("threads") or 1) if device == "cpu" else 1 / int(of_slurm.get("on_gpu") or 1)
+    devices = int(result.get("ranks") or 1) * each
     finished_s = begun_s + float(result.get("wall_s") or 0.0)
     return Spent(begun_s, finished_s, train_s(result) or 0.0, device, devices)
 

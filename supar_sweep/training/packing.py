@@ -18,7 +18,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -41,6 +41,9 @@ FULL = 0.9
 
 FIRST_TO_GO = 500
 """Added to a process's badness (/proc/<pid>/oom_score_adj): the kernel takes one of them before the one that watches them."""
+
+ON_GPU = "SUPAR_PROCESSES_ON_GPU"
+"""Tells a process how many, itself included, were started on its GPU."""
 
 SLURM_MEMORY = "SLURM_MEM_PER_NODE"
 """The element's memory in MiB, where it asked for some."""
@@ -76,7 +79,8 @@ class SideBySide:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)
         try:
             for number, jobs in groups.items() if not should_stop() else ():
-                self._members.append(_Member(number, jobs, self._command, self._array.log(self._element, number)))
+                own_log = self._array.log(self._element, number)
+                self._members.append(_Member(number, jobs, self._command, own_log, surroundings(number, groups)))
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         asked_gb = int(os.environ.get(SLURM_MEMORY, "0")) * 2**20 / 1e9
@@ -125,13 +129,13 @@ class SideBySide:
 class _Member:
     """One process, as the one that started it sees it."""
 
-    def __init__(self, number: int, jobs: Sequence[Job], command: Sequence[str], log: Path) -> None:
+    def __init__(
+        self, number: int, jobs: Sequence[Job], command: Sequence[str], log: Path, surroundings: Mapping[str, str]
+    ) -> None:
         self.number, self.jobs, self.log = number, jobs, log
         self.too_much = ""
         self.scratch = Path(tempfile.mkdtemp(prefix="supar-"))
-        environment = {**os.environ, "TMPDIR": str(self.scratch)}
-        if gpus := os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","):
-            environment |= {"CUDA_VISIBLE_DEVICES": gpus[(number - 1) % len(gpus)]} if gpus[0] else {}
+        environment = {**os.environ, "TMPDIR": str(self.scratch), **surroundings}
         with log.open("ab") as output:
             self.log_bytes = output.tell()
             self.process = subprocess.Popen(
@@ -143,6 +147,20 @@ class _Member:
             )
         with suppress(OSError):
             Path(f"/proc/{self.process.pid}/oom_score_adj").write_text(str(FIRST_TO_GO), encoding="ascii")
+
+
+def surroundings(number: int, numbers: Collection[int]) -> dict[str, str]:
+    """Return what a process is told of its GPU; {} where the element has none.
+
+    Args:
+        number: of the process, from 1.
+        numbers: of all that are started.
+    """
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if not gpus[0]:
+        return {}
+    beside = sum((other - number) % len(gpus) == 0 for other in numbers)
+    return {"CUDA_VISIBLE_DEVICES": gpus[(number - 1) % len(gpus)], ON_GPU: str(beside)}
 
 
 def memory_gb(pid: int) -> float:

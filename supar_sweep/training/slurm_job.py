@@ -41,7 +41,7 @@ from supar_sweep.sweep.jobs import Job, folder_of
 from supar_sweep.sweep.records import Attempt
 from supar_sweep.training.environment import prepare_process
 from supar_sweep.training.member import Stop
-from supar_sweep.training.packing import HEARD, SideBySide
+from supar_sweep.training.packing import HEARD, ON_GPU, SideBySide
 from supar_sweep.training.ranks import Ranks, join
 from supar_sweep.training.worker import RUN_CELLS, RunCells, find, work
 
@@ -130,7 +130,9 @@ def main(arguments: Sequence[str]) -> int:
     log.info("%s on %s, start %d", element, node, restarts + 1)
     groups = dict(enumerate(folder.elements()[index], 1))
     code = code_version()
-    facts = {"node": node, "restarts": restarts, "code": code} | ({"process": number} if number else {})
+    facts: dict[str, Any] = {"node": node, "restarts": restarts, "code": code}
+    if number:
+        facts |= {"process": number, "on_gpu": int(os.environ.get(ON_GPU, "1"))}
     jobs = [
         [stamped(job, folder.key, element, **facts) for job in group]
         for this, group in groups.items()
