@@ -244,7 +244,7 @@ SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1,preempt_send_user_signal
 KillWait=5
 SlurmdTimeout=20
-UnkillableStepTimeout=20
+UnkillableStepTimeout=300
 MinJobAge=300
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
