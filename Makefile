@@ -1,5 +1,5 @@
 # make quickstart    a fresh clone to a picture: .venv, install, then `supar-sweep quickstart`
-# make test          the same set-up, then the test suite
+# make test          the same set-up, then the test suite but for its slow tests and those on a cluster
 #
 # PYTHON=python3.12                  which Python makes .venv (3.11, 3.12 or 3.13; default: the first one found)
 # TORCH=torch==2.13.0                which torch to install (any pip arguments; default: torch). A small CPU-only one:
@@ -23,7 +23,7 @@ export PYTHON TORCH
 .ONESHELL:
 SHELL := /bin/sh
 .SHELLFLAGS := -euc
-.PHONY: help quickstart test cluster bench check lint types format setup clean
+.PHONY: help quickstart test slow cluster bench check lint types format setup clean
 
 help: ## this list
 	@sed -n 's/^# \{0,1\}//; /^$$/q; p' Makefile
@@ -32,8 +32,11 @@ help: ## this list
 quickstart: setup ## tune, transfer, sweep and draw on this machine's CPU, in minutes
 	@.venv/bin/python -m supar_sweep quickstart $(ARGS)
 
-test: setup ## the test suite but for a cluster
-	@.venv/bin/python -m pytest -n auto -m "not slurm" $(PYTEST_ARGS)
+test: setup ## the test suite but for slow tests and a cluster
+	@.venv/bin/python -m pytest -n auto -m "not slurm and not slow" $(PYTEST_ARGS)
+
+slow: setup ## the slow tests that need no cluster
+	@.venv/bin/python -m pytest -n auto -m "slow and not slurm" $(PYTEST_ARGS)
 
 # One more try for a test that failed, and the log says so: what they wait for are a machine's daemons.
 cluster: setup ## the tests on a SLURM of their own, started and stopped by them; needs its packages, ten minutes

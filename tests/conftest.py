@@ -7,6 +7,7 @@ is a failure, so a machine that is meant to have it cannot lose it silently.
 
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
@@ -25,6 +26,10 @@ os.environ["MPLBACKEND"] = "Agg"
 # The same examples on every run and machine, and no failure because a machine was slow.
 hypothesis.settings.register_profile("supar", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("supar")
+
+
+BASELINE = "55c68375e4c15678d19b3f70a21e06659a271c90"
+"""The commit whose numbers the working tree must repeat bit for bit."""
 
 
 class Requirement(NamedTuple):
@@ -58,6 +63,15 @@ def _no_compiler() -> str | None:
     return None if any(map(shutil.which, names)) else f"no C++ compiler: none of {', '.join(names)}"
 
 
+def _no_history() -> str | None:
+    folder = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    try:
+        has_it = subprocess.run(["git", "-C", folder, "cat-file", "-e", f"{BASELINE}^{{commit}}"], capture_output=True)
+    except OSError as error:
+        return f"no git: {error.strerror}"
+    return None if has_it.returncode == 0 else f"no commit {BASELINE[:7]}: not a git clone with all commits"
+
+
 def _no_package(*names: str) -> str | None:
     missing = [name for name in names if find_spec(name) is None]
     return f"not installed: {', '.join(missing)}" if missing else None
@@ -68,6 +82,7 @@ REQUIREMENTS = {
     "browser": Requirement("a Chromium or Chrome on PATH", _no_browser),
     "gpu": Requirement("a CUDA device that torch sees", _no_gpu),
     "root": Requirement("the superuser", _no_root),
+    "history": Requirement("a git clone that holds the commit BASELINE", _no_history),
     "compiler": Requirement("a C++ compiler on PATH", _no_compiler),
     "hf": Requirement(
         "transformers, tokenizers and safetensors", lambda: _no_package("transformers", "tokenizers", "safetensors")
@@ -88,7 +103,9 @@ def _required() -> set[str]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: more than a few seconds; leave out with -m 'not slow'")
+    config.addinivalue_line(
+        "markers", "slow: more than a few seconds; `make slow` and `make cluster` run them, `make test` does not"
+    )
     for name, requirement in REQUIREMENTS.items():
         config.addinivalue_line("markers", f"{name}: needs {requirement.meaning}")
     if unknown := sorted(_required() - REQUIREMENTS.keys()):
