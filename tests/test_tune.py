@@ -20,7 +20,8 @@ from supar_sweep.config.schema import CellConfig
 from supar_sweep.config.study import StudyConfig
 from supar_sweep.errors import BusyError, ConfigError, SuparError
 from supar_sweep.sweep.identity import cell_id
-from supar_sweep.sweep.sampling import make_sampler, mend_journal
+from supar_sweep.sweep.journal import mend_journal
+from supar_sweep.sweep.sampling import make_sampler
 from supar_sweep.sweep.trainer import CellEnd
 from supar_sweep.sweep.tune import tune
 from supar_sweep.sweep.winner import load_winner
@@ -301,7 +302,7 @@ def test_the_lock_of_a_killed_writer_is_dropped(tmp_path: Path) -> None:
     before = set(tmp_path.iterdir())
     JournalFileOpenLock(str(tmp_path / "journal.log")).acquire()
     assert set(tmp_path.iterdir()) > before
-    mend_journal(tmp_path / "journal.log")
+    mend_journal(tmp_path / "journal.log", "proxy")
     assert set(tmp_path.iterdir()) == before
 
 
