@@ -40,7 +40,8 @@ class Trial:
 class Study:
     """Everything the figure shows. `best`: lowest loss after each trial that is done, by number; `winner`: its number.
 
-    `confirmed`: trial -> losses on fresh seeds; the winner is the lowest mean of them where there are any.
+    `confirmed`: trial -> losses on fresh seeds, None where one diverged; where there are any, the winner has the lowest mean
+    of those trials that never diverged.
     """
 
     name: str
@@ -48,7 +49,7 @@ class Study:
     trials: tuple[Trial, ...]
     best: tuple[tuple[int, float], ...]
     winner: int | None
-    confirmed: Mapping[int, tuple[float, ...]]
+    confirmed: Mapping[int, tuple[float | None, ...]]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -57,14 +58,17 @@ class Study:
 
 
 def study(
-    rows: Iterable[Mapping[str, Any]], name: str, metric: str, confirmed: Mapping[int, Sequence[float]] | None = None
+    rows: Iterable[Mapping[str, Any]],
+    name: str,
+    metric: str,
+    confirmed: Mapping[int, Sequence[float | None]] | None = None,
 ) -> Study:
     """Return a study's figure data.
 
     Args:
         rows: one a trial: number, end (done, diverged, failed, running), loss, params.
         name: of the study. metric: what its losses are.
-        confirmed: trial -> losses on fresh seeds (best.yaml's lineage).
+        confirmed: trial -> losses on fresh seeds, None where one diverged (best.yaml's lineage).
 
     Raises:
         ConfigError: no trial.
@@ -82,12 +86,20 @@ def study(
         raise ConfigError("study.name", "has no trial yet", value=name)
     done = [(trial.number, trial.loss) for trial in trials if trial.loss is not None]
     best = tuple(zip((n for n, _ in done), accumulate((loss for _, loss in done), min), strict=True))
-    scores = {number: tuple(map(float, losses)) for number, losses in (confirmed or {}).items() if len(losses)}
-    if scores:
-        winner: int | None = min(scores, key=lambda number: (float(np.mean(scores[number])), number))
-    else:
-        winner = min(done, key=lambda pair: (pair[1], pair[0]))[0] if done else None
-    return Study(name, metric, trials, best, winner, scores)
+    reruns = {
+        number: tuple(None if loss is None else float(loss) for loss in losses)
+        for number, losses in (confirmed or {}).items()
+        if len(losses)
+    }
+    means = {number: _mean(losses) for number, losses in reruns.items()} if reruns else dict(done)
+    scores = {number: means[number] for number, _ in done if means.get(number, math.inf) < math.inf}
+    winner = min(scores, key=lambda number: (scores[number], number), default=None)
+    return Study(name, metric, trials, best, winner, reruns)
+
+
+def _mean(losses: Sequence[float | None]) -> float:
+    """Return the mean of losses on fresh seeds; infinite where one diverged."""
+    return float(np.mean([math.inf if loss is None else loss for loss in losses]))
 
 
 def data_rows(found: Study) -> list[dict[str, Any]]:
@@ -101,7 +113,9 @@ def data_rows(found: Study) -> list[dict[str, Any]]:
             found.metric: trial.loss,
             "best_so_far": best.get(trial.number),
             "winner": trial.number == found.winner,
-            "confirmed": " ".join(repr(loss) for loss in found.confirmed.get(trial.number, ())),
+            "confirmed": " ".join(
+                "diverged" if loss is None else repr(loss) for loss in found.confirmed.get(trial.number, ())
+            ),
             **{name: trial.params.get(name) for name in found.names},
         }
         for trial in found.trials
@@ -147,7 +161,7 @@ def _log2(trial: Trial, name: str) -> float:
 
 def _limits(found: Study) -> tuple[float, float]:
     losses = [trial.loss for trial in found.trials if trial.loss is not None]
-    losses += [loss for each in found.confirmed.values() for loss in each]
+    losses += [loss for each in found.confirmed.values() for loss in each if loss is not None]
     if not losses:
         return 0.0, 1.0
     top = min(max(losses), min(losses) + _EXCESS_SHOWN * abs(min(losses)))
@@ -167,9 +181,12 @@ def _points(axes: Axes, found: Study, x: Any, colors: Sequence[str], top: float)
     for number, losses in found.confirmed.items():
         again = next((trial for trial in found.trials if trial.number == number), None)
         if again is not None:
-            axes.plot(
-                [x(again)] * len(losses), losses, "_", color=style.MUTED, markersize=6, markeredgewidth=1.2, zorder=1.8
-            )
+            finite = [loss for loss in losses if loss is not None]
+            looks: dict[str, Any] = {"color": style.MUTED, "zorder": 1.8}
+            axes.plot([x(again)] * len(finite), finite, "_", markersize=6, markeredgewidth=1.2, **looks)
+            if None in losses:
+                at_top: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False}
+                axes.plot(x(again), 1.0, "x", markersize=4.5, **looks, **at_top)
     winner = next((trial for trial in found.trials if trial.number == found.winner), None)
     if winner is not None and winner.loss is not None:
         axes.plot(
@@ -200,7 +217,7 @@ def _legend(found: Study) -> tuple[list[Line2D], list[str]]:
         mark("on fresh seeds", marker="_", color=style.MUTED, markersize=6, markeredgewidth=1.2)
     if found.winner is not None:
         mark("winner", marker="o", markersize=9, markerfacecolor="none", markeredgecolor=WINNER, markeredgewidth=1.6)
-    if any(trial.end == "diverged" for trial in trials):
+    if any(trial.end == "diverged" for trial in trials) or any(None in losses for losses in found.confirmed.values()):
         mark("diverged", marker="x", color=style.MUTED, markersize=4.5)
     if any(trial.loss is not None and trial.loss > _limits(found)[1] for trial in trials):
         mark("loss above the axis", marker="^", color=style.MUTED, markersize=4.5)

@@ -40,6 +40,22 @@ def test_the_winner_is_the_best_on_fresh_seeds() -> None:
     assert found.winner == 5
 
 
+def test_what_diverged_is_no_winner_and_is_drawn_as_diverged(tmp_path: Path) -> None:
+    # trial 4 diverged on one fresh seed; trial 2 itself diverged, and an early version took it for confirmed
+    found = study(rows(), "mine", "train_loss", {4: [2.4, None], 1: [2.8, 2.7], 2: [0.1, 0.1]})
+    assert found.winner == 1
+    axes = draw(found).axes[0]
+    crosses = [line for line in axes.lines if line.get_marker() == "x"]
+    assert sorted(float(np.asarray(line.get_xdata())[0]) for line in crosses) == [2.0, 4.0]
+    ticks = [line for line in axes.lines if line.get_marker() == "_"]
+    assert sorted(len(np.asarray(line.get_ydata())) for line in ticks) == [1, 2, 2]
+    _, _, table = save(draw(found), found, tmp_path / "study")
+    with table.open(newline="") as file:
+        listed = list(csv.DictReader(file))
+    assert listed[4]["confirmed"] == "2.4 diverged"
+    assert study(rows(), "mine", "train_loss", {4: [2.4, None]}).winner is None
+
+
 def test_a_study_without_a_trial_is_an_error_and_one_without_a_loss_is_drawn() -> None:
     with pytest.raises(ConfigError, match="no trial yet"):
         study([], "mine", "train_loss")

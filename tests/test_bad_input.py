@@ -37,6 +37,14 @@ def test_each_command_knows_its_own_sections(command: str) -> None:
         ("tune study.name=../x", "study.name: is no name (got '../x'); allowed: a folder name"),
         ("tune study.confirm_seeds=[1,1]", "study.confirm_seeds: must be different seeds (got [1, 1])"),
         ("tune study.confirm_seeds=[-1]", "study.confirm_seeds: must be different seeds (got [-1])"),
+        (
+            "tune study.confirm_seeds=[]",
+            "study.confirm_seeds: is empty, but confirm_top_k = 3 trials are to be rerun (got [])",
+        ),
+        (
+            "tune study.confirm_top_k=0",
+            "study.confirm_top_k: reruns no trial, but there are confirm_seeds = [1, 2, 3] for it",
+        ),
         ("tune base.width=20", "width: must be a multiple of d_head = 8 (got 20); allowed: 16 or 24"),
         ("tune launcher.procesess=2", "did you mean 'launcher.processes'?"),
         ("tune launcher=slurm launcher.nodes=3", "train.batch_seqs: cannot be shared by 3 processes (got 2)"),

@@ -183,10 +183,12 @@ def test_a_study_tunes_once_tops_up_and_says_json(capsys: pytest.CaptureFixture[
     journal = Path("runs/studies/proxy/journal.log")
     whole = journal.read_text()
     first_line, _, rest = whole.partition("\n")
-    journal.write_text(f'{first_line}\n{{"x\n{rest}')
-    said = refused(capsys, "tune", *STUDY)
-    assert "journal.log is torn at line 2" in said
-    assert "move it away" in said
+    for line in ('{"x', "{}"):
+        journal.write_text(f"{first_line}\n{line}\n{rest}")
+        for words in (("tune", *STUDY), ("plot", "figure=study")):
+            said = refused(capsys, *words)
+            assert "journal.log is torn at line 2" in said
+            assert "move it away" in said
     journal.unlink()
     # the trials that are asked again find their cells done
     assert call(capsys, "tune", *STUDY, "format=json")[:2] == (0, first)

@@ -9,7 +9,7 @@ from typing import Any
 
 from supar_sweep.sweep.records import Attempt
 from supar_sweep.sweep.trainer import CellEnd, CellTrainer
-from tests import fake_cells
+from tests import fake_cells, timed_cells
 from tests.grids import experiment, plan_of, pool, wait_for, worker_pids
 from tests.tiny import tiny_cell, tiny_runtime
 
@@ -66,3 +66,25 @@ def test_the_trainer_waits_for_a_cell_that_another_process_trains(runs_dir: Path
             attempt.publish({"end": "done", "summary": {}}, keep_checkpoints=False)
         (end,) = training.ends(30)
     assert end.end == "done"
+
+
+def test_a_cell_out_of_time_is_tried_again_as_long_as_it_gets_further(runs_dir: Path) -> None:
+    with pool(runs_dir, processes=1, function=timed_cells.RUN) as launcher:
+        training = trainer(runs_dir, launcher)
+        slow, stuck = (training.submit(tiny_cell(seed=steps)) for steps in (3, 0))
+        ends: dict[str, CellEnd] = {}
+        while len(ends) < 2:
+            ends |= {end.cell_id: end for end in training.ends(30)}
+    assert ends[slow].end == "done"
+    assert (ends[stuck].end, ends[stuck].message) == ("timeout", f"timeout after 0 of {timed_cells.STEPS} steps")
+    index = experiment(runs_dir).store.index()
+    assert len(index[slow].attempts()) == timed_cells.STEPS // 3
+    assert len(index[stuck].attempts()) == 2
+
+
+def test_a_cell_that_says_done_without_a_record_has_failed(runs_dir: Path) -> None:
+    with pool(runs_dir, processes=1) as launcher:
+        training = trainer(runs_dir, launcher)
+        training.submit(tiny_cell(seed=fake_cells.SAYS_DONE))
+        (end,) = training.ends(30)
+    assert (end.end, end.message) == ("failed", "said done, but its record is missing")

@@ -8,9 +8,8 @@ import os
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -19,97 +18,11 @@ from optuna.storages.journal import JournalFileOpenLock
 from supar_sweep.config.schema import CellConfig
 from supar_sweep.config.study import StudyConfig
 from supar_sweep.errors import BusyError, ConfigError, SuparError
-from supar_sweep.sweep.identity import cell_id
-from supar_sweep.sweep.sampling import make_sampler, mend_journal
+from supar_sweep.sweep.journal import mend_journal
+from supar_sweep.sweep.sampling import make_sampler
 from supar_sweep.sweep.trainer import CellEnd
-from supar_sweep.sweep.tune import tune
 from supar_sweep.sweep.winner import load_winner
-from tests.tiny import tiny_cell
-
-FINGERPRINT = "f" * 16
-LOG2_LR_OPT, LOG2_STD_OPT = -7.3, -3.6
-
-
-@dataclass
-class Basin:
-    """A trainer whose loss is a formula: a paraboloid in (log2 lr, log2 init_std) with a seed's offset."""
-
-    slots: int = 4
-    diverges_above_log2_lr: float = 0.0
-    fails_above_log2_lr: float = 0.0
-    slow_s: float = 0.0
-    trained: list[CellConfig] = field(default_factory=list)
-    _ends: list[CellEnd] = field(default_factory=list)
-
-    def submit(self, cell: CellConfig) -> str:
-        made = cell_id(cell, FINGERPRINT)
-        self.trained.append(cell)
-        x, y = math.log2(cell.hparams.lr), math.log2(cell.hparams.init_std)
-        end = "done"
-        if x > self.diverges_above_log2_lr:
-            end = "diverged"
-        if x > self.fails_above_log2_lr:
-            end = "failed"
-        loss = 2 + 0.05 * (x - LOG2_LR_OPT) ** 2 + 0.02 * (y - LOG2_STD_OPT) ** 2 + 0.01 * cell.seed
-        result = {"summary": {"train_loss": loss, "val_loss": loss + 1}} if end == "done" else None
-        self._ends.append(CellEnd(made, end, "boom" if end == "failed" else "", result))
-        return made
-
-    def ends(self, timeout_s: float) -> Sequence[CellEnd]:
-        time.sleep(self.slow_s)
-        # last in, first out: a batch must not depend on who finished first
-        return [self._ends.pop()] if self._ends else []
-
-
-def proxy(**overrides: Any) -> CellConfig:
-    return tiny_cell(
-        **{
-            "density": 1.0,
-            "seed": 0,
-            "hparams.lr": 2.0**-9,
-            "hparams.init_std": 2.0**-4,
-            **overrides,
-        }
-    )
-
-
-def study(**overrides: Any) -> StudyConfig:
-    values: dict[str, Any] = {
-        "name": "proxy",
-        "n_trials": 24,
-        "sampler": "tpe",
-        "seed": 0,
-        "metric": "train_loss",
-        "batch_trials": 4,
-        "confirm_top_k": 2,
-        "confirm_seeds": (1, 2),
-        "space": {
-            "lr": {"low_log2": -12, "high_log2": -2},
-            "init_std": {"low_log2": -7, "high_log2": -1},
-        },
-    }
-    return StudyConfig(**{**values, **overrides})
-
-
-def run(folder: Path, trainer: Basin, config: StudyConfig | None = None, **kwargs: Any) -> Any:
-    return tune(
-        config or study(),
-        kwargs.pop("proxy", proxy()),
-        trainer,
-        folder,
-        fingerprint=kwargs.pop("fingerprint", FINGERPRINT),
-        provenance={"version": "test"},
-        **kwargs,
-    )
-
-
-def values(folder: Path) -> list[float | None]:
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
-    from optuna.study import load_study
-
-    storage = JournalStorage(JournalFileBackend(str(folder / "journal.log")))
-    return [trial.value for trial in load_study(storage=storage, study_name="proxy").trials]
+from tests.studies import FINGERPRINT, LOG2_LR_OPT, Basin, proxy, run, study, values
 
 
 def test_finds_the_basin_and_tries_the_defaults_first(tmp_path: Path) -> None:
@@ -301,7 +214,7 @@ def test_the_lock_of_a_killed_writer_is_dropped(tmp_path: Path) -> None:
     before = set(tmp_path.iterdir())
     JournalFileOpenLock(str(tmp_path / "journal.log")).acquire()
     assert set(tmp_path.iterdir()) > before
-    mend_journal(tmp_path / "journal.log")
+    mend_journal(tmp_path / "journal.log", "proxy")
     assert set(tmp_path.iterdir()) == before
 
 
@@ -321,3 +234,14 @@ def test_the_search_moves_on_when_a_default_lies_outside_the_best(tmp_path: Path
     base = replace(base, hparams=replace(base.hparams, lr=2.0**-12))
     winner = run(tmp_path, Basin(), proxy=base)
     assert winner.hparams.lr > base.hparams.lr
+
+
+@pytest.mark.parametrize("batch", [2, None])
+def test_trials_that_share_a_cell_are_all_told_and_confirmed_once(tmp_path: Path, batch: int | None) -> None:
+    # a space so narrow that all of its learning rates are one cell (a sampler at a corner of its space does the same)
+    space = {"lr": {"low_log2": -8, "high_log2": -8 + 1e-14}}
+    base = proxy(**{"hparams.lr": 2.0**-8})
+    winner = run(tmp_path, Basin(), study(n_trials=5, batch_trials=batch, space=space), proxy=base)
+    assert len(set(values(tmp_path))) == 1
+    assert len(values(tmp_path)) == 5
+    assert len(winner.lineage["confirmed"]) == 1

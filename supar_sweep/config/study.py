@@ -55,11 +55,19 @@ class StudyConfig:
         for name in self.space:
             if name not in names:
                 raise ConfigError(f"space.{name}", "is no hyperparameter", allowed=names, nearest_to=name)
-        if bool(self.confirm_top_k) != bool(self.confirm_seeds):
+        if self.confirm_top_k and not self.confirm_seeds:
             raise ConfigError(
                 "confirm_seeds",
-                f"and confirm_top_k = {self.confirm_top_k} must be set together",
-                value=list(self.confirm_seeds),
+                f"is empty, but confirm_top_k = {self.confirm_top_k} trials are to be rerun",
+                value=[],
+                allowed="at least one seed, or confirm_top_k = 0",
+            )
+        if self.confirm_seeds and not self.confirm_top_k:
+            raise ConfigError(
+                "confirm_top_k",
+                f"reruns no trial, but there are confirm_seeds = {list(self.confirm_seeds)} for it",
+                value=0,
+                allowed="at least 1, or confirm_seeds = []",
             )
         if len(set(self.confirm_seeds)) < len(self.confirm_seeds) or min(self.confirm_seeds, default=0) < 0:
             raise ConfigError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -20,6 +20,7 @@ from supar_sweep.sweep.jobs import POLL_S, RETRIES, Event, Launcher, planned_job
 from supar_sweep.sweep.records import COMPLETE_ENDS
 from supar_sweep.sweep.status import CellState, cell_state, folders, set_aside_torn
 from supar_sweep.sweep.submission import Experiment, Plan, PlannedCell
+from supar_sweep.sweep.tries import Tries, as_recorded, next_try
 
 
 class Progress(Protocol):
@@ -148,8 +149,7 @@ class _Run:
     under_way: dict[str, _Group] = field(default_factory=dict)
     elsewhere: set[str] = field(default_factory=set)
     troubles: dict[str, Event] = field(default_factory=dict)
-    deaths: Counter[str] = field(default_factory=Counter)
-    begun_at: dict[str, int] = field(default_factory=dict)
+    tries: defaultdict[str, Tries] = field(default_factory=lambda: defaultdict(Tries))
     alone: set[str] = field(default_factory=set)
     first: list[str] = field(default_factory=list)
     tripped: Event | None = None
@@ -263,18 +263,23 @@ class _Run:
             if state.complete:
                 self._finish(this, state)
                 return
-            event = Event(this, "failed", f"said {event.end}, but its record is {state.state}")
+            event = as_recorded(event, state)
         if self.interrupts:
             self.states[this] = CellState(event.end, event.message)
             return
-        if event.end == "oom" and group.n > 1:  # no failure yet
-            self._again(event, "again, alone")
-            return
-        retries = self.retries if event.lost else min(1, self.retries) if event.end == "timeout" else 0
-        if retries and self._count_death(event) <= retries:
-            self._again(event, f"try {self.deaths[this] + 1} of {retries + 1}")
-        else:
+        what, self.tries[this], how = next_try(
+            event,
+            self.tries[this],
+            begun_at_step=self.folders[this].begun_at(),
+            in_company=group.n > 1,
+            retries=self.retries,
+        )
+        if what == "failed":
             self._fail(event)
+        else:
+            self._again(event, how)
+        if what == "again alone":  # no failure
+            return
         if event.wanted:
             return  # somebody's word, and no failure
         # what one end of a process did to its whole group is one failure
@@ -283,15 +288,6 @@ class _Run:
             self._judge(event)
         if of_process:
             group.judged.add(event.end)
-
-    def _count_death(self, event: Event) -> int:
-        """Return how many tries at the cell were lost; those before one that got further, and saved, count no more."""
-        this, told_to_stop = event.cell_id, event.end in ("cancelled", "timeout")
-        begun_at, before = self.folders[this].begun_at(), self.begun_at.get(this)
-        self.begun_at[this] = begun_at
-        further = told_to_stop and before is not None and begun_at > before
-        self.deaths[this] = 1 if further else self.deaths[this] + 1
-        return self.deaths[this]
 
     def _again(self, event: Event, how: str) -> None:
         """Try a cell once more, by itself: what ended it may have been another's doing, or the company's."""
@@ -338,7 +334,7 @@ class _Run:
             )
         self.held += len(back)
         for this in back:
-            if self.deaths[this]:
+            if self.tries[this].n_lost:
                 self._fail(event._replace(cell_id=this))
 
     def _look_elsewhere(self) -> None:

@@ -5,7 +5,7 @@ launcher. No torch.
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from supar_sweep.sweep.cohorts import Price, split
 from supar_sweep.sweep.jobs import POLL_S, RETRIES, Event, Job, Launcher, folder_of, make_job
 from supar_sweep.sweep.records import COMPLETE_ENDS, Store
 from supar_sweep.sweep.status import cell_state, set_aside_torn
+from supar_sweep.sweep.tries import Tries, as_recorded, next_try
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class CellTrainer:
     """Hands cells to a launcher and tells of each one's end once.
 
     A cell that is complete already ends at once; one that another process trains is waited for; one
-    that lost its process is tried again.
+    that lost its process, or its time, is tried again by the rule of `run` (tries.next_try).
 
     Args:
         store: where records are.
@@ -62,7 +63,7 @@ class CellTrainer:
         self._in_company: set[str] = set()
         self._jobs: dict[str, Job] = {}
         self._elsewhere: set[str] = set()
-        self._deaths: Counter[str] = Counter()
+        self._tries: defaultdict[str, Tries] = defaultdict(Tries)
         self._ends: list[CellEnd] = []
 
     @property
@@ -126,17 +127,27 @@ class CellTrainer:
             self._launcher.submit([new[index][0] for index in group])
 
     def _take(self, event: Event) -> None:
+        cell_id = event.cell_id
         if event.end == "busy":
-            self._elsewhere.add(event.cell_id)
-        elif event.end == "oom" and event.cell_id in self._in_company:
-            self._in_company.discard(event.cell_id)  # alone there may be room
-            self._launcher.submit([self._jobs[event.cell_id]])
-        elif event.lost and self._deaths[event.cell_id] < self._retries:
-            self._in_company.discard(event.cell_id)
-            self._deaths[event.cell_id] += 1
-            self._launcher.submit([self._jobs[event.cell_id]])
-        else:
-            self._tell(self._jobs.pop(event.cell_id), event.end, event.message)
+            self._elsewhere.add(cell_id)
+            return
+        job = self._jobs[cell_id]
+        folder = folder_of(job)
+        if event.end in COMPLETE_ENDS:
+            event = as_recorded(event, cell_state(folder))
+        if event.end not in COMPLETE_ENDS:
+            what, self._tries[cell_id], _ = next_try(
+                event,
+                self._tries[cell_id],
+                begun_at_step=folder.begun_at(),
+                in_company=cell_id in self._in_company,
+                retries=self._retries,
+            )
+            if what != "failed":
+                self._in_company.discard(cell_id)
+                self._launcher.submit([job])
+                return
+        self._tell(self._jobs.pop(cell_id), event.end, event.message)
 
     def _look_elsewhere(self) -> None:
         for this in list(self._elsewhere):

@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from supar_sweep.errors import ConfigError, RecordError
+from supar_sweep.errors import ConfigError
+from supar_sweep.sweep.journal import read_trials
+
+if TYPE_CHECKING:
+    import optuna
+
+
+def diverged(trial: optuna.trial.FrozenTrial) -> bool:
+    """Return whether a trial diverged: its value, where it has one, stands for the divergence."""
+    return trial.user_attrs.get("end") == "diverged"
+
+
+def measured(trial: optuna.trial.FrozenTrial) -> bool:
+    """Return whether a trial has a loss that was measured."""
+    return trial.value is not None and not diverged(trial)
 
 
 def trial_rows(runs: Path, name: str) -> list[dict[str, Any]]:
@@ -19,11 +33,8 @@ def trial_rows(runs: Path, name: str) -> list[dict[str, Any]]:
 
     Raises:
         ConfigError: there is no study of this name; those that are there are listed.
-        RecordError: the journal cannot be read.
+        RecordError: the journal cannot be read, or is damaged.
     """
-    import optuna
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
     from optuna.trial import TrialState
 
     journal = runs / "studies" / name / "journal.log"
@@ -36,18 +47,12 @@ def trial_rows(runs: Path, name: str) -> list[dict[str, Any]]:
             allowed=known or "none there; `tune` comes first",
             nearest_to=name,
         )
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        study = optuna.load_study(study_name=name, storage=JournalStorage(JournalFileBackend(str(journal))))
-        trials = study.get_trials(deepcopy=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise RecordError(f"cannot read {journal}: {error}") from error
     ends = {TrialState.COMPLETE: "done", TrialState.FAIL: "failed", TrialState.PRUNED: "failed"}
     rows = []
-    for trial in trials:
+    for trial in read_trials(journal, name):
         if trial.state == TrialState.WAITING:
             continue
-        end = "diverged" if trial.user_attrs.get("end") == "diverged" else ends.get(trial.state, "running")
+        end = "diverged" if diverged(trial) else ends.get(trial.state, "running")
         loss = trial.value if end == "done" else None
         rows.append({"number": trial.number, "end": end, "loss": loss, "params": dict(trial.params)})
     return rows

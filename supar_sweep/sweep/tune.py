@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,9 +22,11 @@ from supar_sweep.config.study import StudyConfig
 from supar_sweep.errors import ConfigError, SuparError
 from supar_sweep.rules.parameterization import RULES_VERSION
 from supar_sweep.sweep import locks
-from supar_sweep.sweep.identity import canonical
-from supar_sweep.sweep.sampling import make_sampler, mend_journal
+from supar_sweep.sweep.identity import canonical, cell_id
+from supar_sweep.sweep.journal import mend_journal
+from supar_sweep.sweep.sampling import next_sampler, refuse_misled, told_as_diverged
 from supar_sweep.sweep.trainer import CellEnd
+from supar_sweep.sweep.trials import measured
 from supar_sweep.sweep.winner import Winner
 
 if TYPE_CHECKING:
@@ -91,7 +94,7 @@ def tune(
     Args:
         study: budget, sampler, space, confirmation.
         proxy: the dense cell that is tuned; its hparams are tried first, and stand for what is not searched.
-        trainer: trains trials; a diverged one is told as log(vocabulary), a large finite loss the sampler learns from.
+        trainer: trains trials; a diverged one is told to the sampler as `told_as_diverged` says, and never wins.
         folder: the study's folder: journal.log (optuna-dashboard opens it), best.yaml, lock.
         fingerprint: of the proxy's data.
         provenance: code version and the like, copied into the lineage.
@@ -100,7 +103,8 @@ def tune(
     Raises:
         ConfigError: a proxy that is not dense, defaults outside the space, or a study of this name with another space.
         BusyError: another coordinator works on this study.
-        SuparError: trials keep failing.
+        RecordError: the study's journal cannot be read, or is damaged.
+        SuparError: trials keep failing, all of them diverged, or none of the best held on every fresh seed.
     """
     check_study(study, proxy)
     folder = folder.resolve()
@@ -152,7 +156,7 @@ class _Tuner:
         self.config, self.proxy, self.trainer = study, proxy, trainer
         self.fingerprint = fingerprint
         self.hash = study_hash(study, proxy, fingerprint)
-        self.penalty = math.log(proxy.data.n_vocab)
+        self.told_as_diverged = told_as_diverged(proxy)
         self.study = self._open(folder / "journal.log")
 
     def _open(self, journal: Path) -> optuna.Study:
@@ -161,16 +165,16 @@ class _Tuner:
         from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        mend_journal(journal)
+        mend_journal(journal, self.config.name)
         # the default symlink lock spins for ever once its holder was killed
         backend = JournalFileBackend(str(journal), JournalFileOpenLock(str(journal)))
         opened = optuna.create_study(storage=JournalStorage(backend), study_name=self.config.name, load_if_exists=True)
         known = opened.user_attrs.get("study_hash")
         if known is None:
-            opened.set_user_attr("study_hash", self.hash)
             opened.set_user_attr("space", encode(self.config.intervals()))
             defaults = {n: getattr(self.proxy.hparams, n) for n in self.config.intervals()}
             opened.enqueue_trial(defaults, skip_if_exists=True)
+            opened.set_user_attr("study_hash", self.hash)  # last: without it, all of this is done again
         elif known != self.hash:
             raise ConfigError(
                 "study.name",
@@ -178,6 +182,7 @@ class _Tuner:
                 value=self.config.name,
                 allowed=f"a new name, or delete {journal.parent}",
             )
+        refuse_misled(self.config.name, opened.get_trials(deepcopy=False), self.told_as_diverged)
         return opened
 
     # -- search -----------------------------------------------------------------------------------
@@ -192,18 +197,18 @@ class _Tuner:
             progress("search", min(len(self._complete()), total), total)
             while self._may_ask(len(running)):
                 trial = self._ask()
-                running[self.trainer.submit(self._cell(trial.params))] = trial.number
+                running[trial.number] = self.trainer.submit(self._cell(trial.params))
             if not running:
                 return
-            for event in self.trainer.ends(timeout_s=60.0):
-                if event.cell_id in running:
-                    held[event.cell_id] = event
+            under_way = set(running.values())
+            held |= {event.cell_id: event for event in self.trainer.ends(timeout_s=60.0) if event.cell_id in under_way}
             # a batch is told as a whole and in order, so that what the sampler sees does not depend on who was faster
-            if self.config.batch_trials is not None and len(held) < len(running):
+            if self.config.batch_trials is not None and held.keys() < under_way:
                 continue
-            for cell_id in sorted(held, key=running.__getitem__):
-                error = self._tell(running.pop(cell_id), held.pop(cell_id))
+            for number in sorted(number for number, cell in running.items() if cell in held):  # two may share a cell
+                error = self._tell(number, held[running.pop(number)])
                 failures = failures + 1 if error else 0
+            held = {}
             if failures >= FAILURES_IN_A_ROW:
                 raise SuparError(f"study {self.config.name}: {failures} trials on end failed; the last error: {error}")
 
@@ -224,16 +229,17 @@ class _Tuner:
         return n_running == 0 or asked % batch != 0
 
     def _ask(self) -> optuna.trial.Trial:
-        from optuna.distributions import FloatDistribution
+        from optuna.distributions import BaseDistribution, FloatDistribution
 
-        asked = len(self.study.get_trials(deepcopy=False))
-        self.study.sampler = make_sampler(self.config.sampler, self.config.seed, asked)
-        return self.study.ask(
-            {
-                name: FloatDistribution(2**interval.low_log2, 2**interval.high_log2, log=True)
-                for name, interval in self.config.intervals().items()
-            }
-        )
+        trials = self.study.get_trials(deepcopy=False)
+        self.study.sampler = next_sampler(self.config, trials, self.told_as_diverged)
+        space: dict[str, BaseDistribution] = {
+            name: FloatDistribution(2**interval.low_log2, 2**interval.high_log2, log=True)
+            for name, interval in self.config.intervals().items()
+        }
+        with warnings.catch_warnings():  # that the Gaussian process clips infinity is what we want of it
+            warnings.filterwarnings("ignore", message="Clip non-finite values")
+            return self.study.ask(space)
 
     def _cell(self, params: Mapping[str, float], seed: int | None = None) -> CellConfig:
         return replace(
@@ -242,17 +248,14 @@ class _Tuner:
             seed=self.proxy.seed if seed is None else seed,
         )
 
-    def _reconcile(self) -> dict[str, int]:
+    def _reconcile(self) -> dict[int, str]:
         """Submit again what a dead coordinator had asked for: the same numbers give the same cell, done or resumed."""
         from optuna.trial import TrialState
 
-        running: dict[str, int] = {}
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if set(trial.params) == set(self.config.intervals()):
-                running[self.trainer.submit(self._cell(trial.params))] = trial.number
-            else:  # killed between ask and its numbers: nothing was trained
-                self.study.tell(trial.number, state=TrialState.FAIL)
-        return running
+        return {
+            trial.number: self.trainer.submit(self._cell(trial.params))
+            for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        }
 
     def _tell(self, number: int, event: CellEnd) -> str:
         """Tell one trial; return why it gave no value, "" where it did."""
@@ -261,7 +264,7 @@ class _Tuner:
         trial = Trial(self.study, self.study.get_trials(deepcopy=False)[number]._trial_id)
         trial.set_user_attr("cell_id", event.cell_id)
         trial.set_user_attr("end", event.end)
-        value = self._value(event)
+        value = self.told_as_diverged if event.end == "diverged" else self._value(event)
         if value is None:
             error = self._why_no_value(event)
             trial.set_user_attr("error", error)
@@ -271,56 +274,93 @@ class _Tuner:
         return ""
 
     def _value(self, event: CellEnd) -> float | None:
-        if event.end == "diverged":
-            return self.penalty
         if event.end != "done" or event.result is None:
             return None
-        value = event.result["summary"][self.config.metric]
-        return None if value is None else float(value)
+        value = event.result["summary"].get(self.config.metric)
+        return None if value is None or not math.isfinite(value) else float(value)
 
     def _why_no_value(self, event: CellEnd) -> str:
-        without = f"{event.end}, but its record has no {self.config.metric}" if event.end == "done" else event.end
-        return event.message or without
+        if event.end != "done":
+            return event.message or event.end
+        return (
+            f"done, but its record has no {self.config.metric}: it was not measured, or was not finite (a run with such a "
+            "loss should end as diverged)"
+        )
 
     # -- confirmation -----------------------------------------------------------------------------
 
-    def confirm(self, progress: Callable[[str, int, int], None]) -> dict[int, list[float]]:
-        """Return the fresh-seed losses of the best trials by trial number: a winner picked on one seed flatters itself."""
-        ranked = sorted(self._complete(), key=lambda trial: (trial.value, trial.number))
-        if not ranked:
-            raise SuparError(f"study {self.config.name}: no trial gave a value")
-        top = _distinct(ranked)[: self.config.confirm_top_k]
-        if not top:
-            return {ranked[0].number: []}
-        waiting: dict[str, tuple[int, int]] = {}
-        for trial in top:
-            for position, seed in enumerate(self.config.confirm_seeds):
-                waiting[self.trainer.submit(self._cell(trial.params, seed))] = (
-                    trial.number,
-                    position,
-                )
+    def confirm(self, progress: Callable[[str, int, int], None]) -> dict[int, list[float | None]]:
+        """Return the fresh-seed losses of the best trials by trial number, None where a seed diverged: a winner picked on one
+        seed flatters itself.
+
+        Raises:
+            SuparError: no trial gave a loss, or a confirmation failed.
+        """
+        ranked = self._ranked()
+        top, seeds = ranked[: self.config.confirm_top_k] or ranked[:1], self.config.confirm_seeds
+        losses: dict[int, list[float | None]] = {trial.number: [None] * len(seeds) for trial in top}
+        waiting = {
+            self.trainer.submit(self._cell(trial.params, seed)): (trial.number, position)
+            for trial in top
+            for position, seed in enumerate(seeds)
+        }
         total = len(waiting)
-        losses = {trial.number: [math.nan] * len(self.config.confirm_seeds) for trial in top}
+        if not total:
+            return losses
         while waiting:
             progress("confirm", total - len(waiting), total)
             for event in self.trainer.ends(timeout_s=60.0):
                 if event.cell_id in waiting:
                     number, position = waiting.pop(event.cell_id)
-                    value = self._value(event)
-                    if value is None:
+                    value = losses[number][position] = self._value(event)
+                    if value is None and event.end != "diverged":
                         raise SuparError(f"confirming trial {number} failed: {self._why_no_value(event)}")
-                    losses[number][position] = value
         progress("confirm", total, total)
         return losses
 
-    def winner(self, losses: Mapping[int, list[float]], provenance: Mapping[str, Any]) -> Winner:
+    def _ranked(self) -> list[optuna.trial.FrozenTrial]:
+        """Return the trials that gave a loss, best first, one of each cell."""
+        trials = self._complete()
+        best_first = sorted(filter(measured, trials), key=lambda trial: (trial.value, trial.number))
+        if not best_first:
+            space = ", ".join(
+                f"study.space.{name} = 2^{interval.low_log2:g} .. 2^{interval.high_log2:g}"
+                for name, interval in self.config.intervals().items()
+            )
+            raise SuparError(
+                f"study {self.config.name}: all {len(trials)} trials diverged, so there is no winner. They were drawn from "
+                f"{space}. Move the space down (lr first), or warm up longer, under another study.name: a study keeps its space"
+            )
+        of_cell: dict[str, optuna.trial.FrozenTrial] = {}
+        for trial in best_first:
+            of_cell.setdefault(cell_id(self._cell(trial.params), self.fingerprint), trial)
+        return list(of_cell.values())
+
+    def winner(self, losses: Mapping[int, Sequence[float | None]], provenance: Mapping[str, Any]) -> Winner:
+        """Return the best of the trials that held on every fresh seed.
+
+        Args:
+            losses: as `confirm` returned them.
+            provenance: joins the lineage.
+
+        Raises:
+            SuparError: each of them diverged on some seed.
+        """
         trials = {trial.number: trial for trial in self._complete()}
+        held = [number for number in losses if None not in losses[number]]
+        if not held:
+            raise SuparError(
+                f"study {self.config.name}: each of its best {len(losses)} trials ({', '.join(map(str, losses))}) diverged on "
+                f"a fresh seed of {list(self.config.confirm_seeds)}, so there is no winner. Confirm more of them "
+                f"(study.confirm_top_k={2 * self.config.confirm_top_k}; what is done is not trained again), or move the "
+                "space down under another study.name"
+            )
 
-        def score(number: int) -> tuple[float, int]:
-            values = losses[number] or [trials[number].value or 0.0]
-            return sum(values) / len(values), number
+        def score(number: int) -> tuple[bool, float, int]:
+            values = [value for value in losses[number] if value is not None] or [trials[number].value or 0.0]
+            return number not in held, sum(values) / len(values), number
 
-        best = min(losses, key=score)
+        best = min(held, key=score)
         lineage = {
             "study": self.config.name,
             "study_hash": self.hash,
@@ -329,7 +369,7 @@ class _Tuner:
             "metric": self.config.metric,
             "value": trials[best].value,
             "confirmed": [
-                {"trial": number, "seeds": list(self.config.confirm_seeds), "values": values}
+                {"trial": number, "seeds": list(self.config.confirm_seeds), "values": list(values)}
                 for number, values in sorted(losses.items(), key=lambda item: score(item[0]))
                 if values
             ],
@@ -341,11 +381,3 @@ class _Tuner:
             **provenance,
         }
         return Winner(replace(self.proxy.hparams, **trials[best].params), lineage, self.proxy.base)
-
-
-def _distinct(ranked: Iterable[optuna.trial.FrozenTrial]) -> list[optuna.trial.FrozenTrial]:
-    """Return the trials without repeats of the same numbers, best first."""
-    seen: dict[str, optuna.trial.FrozenTrial] = {}
-    for trial in ranked:
-        seen.setdefault(json.dumps(trial.params, sort_keys=True), trial)
-    return list(seen.values())
