@@ -12,7 +12,7 @@ import pandas as pd
 
 from supar_sweep.errors import ConfigError
 
-from .fit import LineFit, Observed, Optimum, Regret, fit_panel
+from .fit import LineFit, Optimum, Regret, fit_panel
 from .frames import (
     DIVERGED,
     DONE,
@@ -31,6 +31,7 @@ from .frames import (
     values_of,
     where,
 )
+from .observed import Observed
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from supar_sweep.errors import RecordError
-from supar_sweep.sweep.cohorts import Price, take
+from supar_sweep.sweep.cohorts import Price, Queue
 from supar_sweep.sweep.interrupt import Interrupts
 from supar_sweep.sweep.jobs import POLL_S, RETRIES, Event, Launcher, planned_job
 from supar_sweep.sweep.records import COMPLETE_ENDS
@@ -144,13 +144,12 @@ class _Run:
     retries: int
     alike: int
     leave: Callable[[Interrupts], bool]
-    todo: deque[str] = field(default_factory=deque)
+    todo: Queue = field(default_factory=lambda: Queue((), {}))
     under_way: dict[str, _Group] = field(default_factory=dict)
     elsewhere: set[str] = field(default_factory=set)
     troubles: dict[str, Event] = field(default_factory=dict)
     deaths: Counter[str] = field(default_factory=Counter)
     begun_at: dict[str, int] = field(default_factory=dict)
-    alone: set[str] = field(default_factory=set)
     first: list[str] = field(default_factory=list)
     tripped: Event | None = None
     held: int = 0
@@ -177,7 +176,7 @@ class _Run:
             self._hold()
             n_groups = len(set(self.under_way.values()))
             while self.todo and n_groups < self.launcher.slots:
-                self._submit(take(self.todo, self.prices, self.launcher.processes, self.alone))
+                self._submit(self.todo.take(self.launcher.processes))
                 n_groups += 1
             if self.under_way:
                 events = self.launcher.events(POLL_S)
@@ -193,7 +192,7 @@ class _Run:
 
     def _sort_out(self) -> None:
         """Decide what is to be done with each cell, by its state."""
-        corrupt = []
+        todo, corrupt = [], []
         self.known = self.launcher.known()
         for this, state in self.states.items():
             if state.complete:
@@ -205,8 +204,8 @@ class _Run:
             if state.state == "corrupt" and not self._mended(this):
                 continue
             corrupt += [this] if state.state == "corrupt" else []
-            self.todo.append(this)
-        self.todo = deque(sorted(self.todo, key=lambda this: -self.prices[this].cost))
+            todo.append(this)
+        self.todo = Queue(todo, self.prices)
         if corrupt:
             self.progress.message(
                 f"{_cells(len(corrupt))} had a torn record, which is set aside: trained again "
@@ -295,8 +294,7 @@ class _Run:
 
     def _again(self, event: Event, how: str) -> None:
         """Try a cell once more, by itself: what ended it may have been another's doing, or the company's."""
-        self.alone.add(event.cell_id)
-        self.todo.append(event.cell_id)
+        self.todo.put_back(event.cell_id, alone=True)
         self.progress.message(f"{self._name(event.cell_id)}: {event.message or event.end}; {how}")
 
     def _finish(self, this: str, state: CellState) -> None:
@@ -351,7 +349,7 @@ class _Run:
             if state.complete:
                 self._finish(this, state)
             else:
-                self.todo.append(this)
+                self.todo.put_back(this)
 
     def _counts(self) -> dict[str, int]:
         waiting = {*self.todo} | self.launcher.waiting()
