@@ -192,7 +192,8 @@ class _Run:
 
     def _sort_out(self) -> None:
         """Decide what is to be done with each cell, by its state."""
-        todo, corrupt = [], []
+        todo: list[str] = []
+        aside: dict[bool, list[str]] = {True: [], False: []}
         self.known = self.launcher.known()
         for this, state in self.states.items():
             if state.complete:
@@ -201,29 +202,33 @@ class _Run:
             if state.state == "running" and this not in self.known:
                 self.elsewhere.add(this)
                 continue
-            if state.state == "corrupt" and not self._mended(this):
-                continue
-            corrupt += [this] if state.state == "corrupt" else []
+            if state.state == "corrupt":
+                if (moved := self._set_aside(this)) is None:
+                    continue
+                aside[moved].append(this)
             todo.append(this)
         self.todo = Queue(todo, self.prices)
-        if corrupt:
-            self.progress.message(
-                f"{_cells(len(corrupt))} had a torn record, which is set aside: trained again "
-                f"({self._name(corrupt[0])}: {self.states[corrupt[0]].message})"
+        for moved, cells in aside.items():
+            what = (
+                "a torn result, which is set aside: trained again"
+                if moved
+                else "a record that cannot be read: tried again"
             )
+            if cells:
+                first = f"{self._name(cells[0])}: {self.states[cells[0]].message}"
+                self.progress.message(f"{_cells(len(cells))} had {what} ({first})")
         if self.elsewhere:
             self.progress.message(f"{_cells(len(self.elsewhere))} being trained by another process: waiting for it")
 
-    def _mended(self, this: str) -> bool:
-        """Move a torn result aside; where that is impossible the cell has failed, and the others go
-        on.
+    def _set_aside(self, this: str) -> bool | None:
+        """Move a torn result aside and return whether there was one; None where that is impossible: the cell has failed, and
+        the others go on.
         """
         try:
-            set_aside_torn(self.folders[this], self.states[this])
-            return True
+            return set_aside_torn(self.folders[this], self.states[this])
         except RecordError as error:
             self._fail(Event(this, "failed", str(error)))
-            return False
+            return None
 
     def _obey(self, interrupts: Interrupts) -> None:
         """Act on Ctrl-C: the first lets cells save, the second kills them."""

@@ -1,8 +1,8 @@
 """What the records say of each cell, read from the runs' own files. No torch.
 
 States: done, diverged (complete); running (a live process holds the cell); oom, timeout, failed,
-cancelled (how its last attempt ended); stale (its process died without a word); corrupt (a torn
-record: `run` moves it aside and trains again); pending (a live `run` will come to it, or it is in a
+cancelled (how its last attempt ended); stale (its process died without a word); corrupt (a record
+that cannot be read: `run` moves a torn result aside, and trains again); pending (a live `run` will come to it, or it is in a
 cluster's queue); held (so, and somebody holds it there); missing (never begun).
 """
 
@@ -84,8 +84,8 @@ def _complete(result: Mapping[str, Any]) -> CellState:
     return CellState(result["end"], attempts=int(result.get("attempt", 1)), spent=spent(result))
 
 
-def set_aside_torn(folder: CellFolder, state: CellState) -> None:
-    """Move a torn result out of the way of a new one; nothing where there is none.
+def set_aside_torn(folder: CellFolder, state: CellState) -> bool:
+    """Move a torn result out of the way of a new one; return whether there was one.
 
     Args:
         folder: the cell's folder.
@@ -94,8 +94,10 @@ def set_aside_torn(folder: CellFolder, state: CellState) -> None:
     Raises:
         RecordError: that is impossible.
     """
-    if state.state == "corrupt" and (folder.path / "result.json").exists():
+    torn = state.state == "corrupt" and (folder.path / "result.json").exists()
+    if torn:
         folder.set_aside_result()
+    return torn
 
 
 def states(experiment: Experiment, plan: Plan, known: Mapping[str, CellState] | None = None) -> dict[str, CellState]:
