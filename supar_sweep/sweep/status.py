@@ -23,6 +23,9 @@ STATES = (
 )
 """Every state, in the order of a table's columns: data, under way, to be tried again."""
 
+MOST_ROWS = 200
+"""A table of `status` for people has no more rows: about what a terminal can be scrolled through."""
+
 _ENDS = frozenset(get_args(End))
 
 
@@ -147,6 +150,38 @@ def status_counts(plan: Plan, found: Mapping[str, CellState], by: Sequence[str] 
         _count(dict(zip(by, values, strict=True)), (found[this].state for this in cells))
         for values, cells in groups.items()
     ]
+
+
+def folded_counts(plan: Plan, found: Mapping[str, CellState], by: Sequence[str]) -> list[dict[str, Any]]:
+    """Return `status_counts` in at most MOST_ROWS rows: where there are more, the axes with the most values are told in words.
+
+    Args:
+        plan, found, by: as for `status_counts`.
+    """
+    kept, folded = list(by), list[str]()
+    groups = status_counts(plan, found, kept)
+    while len(groups) > MOST_ROWS and kept:
+        longest = max(kept, key=lambda key: len({point.get(key) for point in plan.points}))
+        kept.remove(longest)
+        folded.append(longest)
+        groups = status_counts(plan, found, kept)
+    if not folded:
+        return groups
+    values: dict[tuple[Any, ...], dict[str, set[Any]]] = {}
+    for point in plan.points:
+        of_group = values.setdefault(tuple(point.get(key) for key in kept), {axis: set() for axis in folded})
+        for axis in folded:
+            of_group[axis].add(point.get(axis))
+    return [
+        {**{axis: _in_words(those) for axis, those in values[tuple(group.get(key) for key in kept)].items()}, **group}
+        for group in groups
+    ]
+
+
+def _in_words(values: set[Any]) -> str:
+    if len(values) > 1 and all(isinstance(value, int | float) for value in values):
+        return f"{len(values)} values, {min(values):g} to {max(values):g}"
+    return f"{len(values)} values" if len(values) > 1 else str(*values)
 
 
 def _count(group: dict[str, Any], members: Iterable[str]) -> dict[str, Any]:
