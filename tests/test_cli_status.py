@@ -16,6 +16,7 @@ import pytest
 from supar_sweep.sweep.records import Attempt
 from supar_sweep.sweep.status import MOST_ROWS, folded_counts, folders, states, status_counts
 from supar_sweep.sweep.submission import Experiment
+from tests.clusters import PATIENCE_S
 from tests.command_line import GRID, ROOT, call, here, refused
 from tests.grids import plan_of, seeds
 
@@ -65,7 +66,7 @@ def test_watching_ends_when_nothing_is_under_way(here: Path) -> None:
         assert watching.stdout is not None
         assert "1 done, 1 running" in watching.stdout.readline()
         two.publish({"end": "done", "device": "cuda"}, keep_checkpoints=False)
-    out, err = watching.communicate(timeout=60)
+    out, err = watching.communicate(timeout=PATIENCE_S)
     assert (watching.returncode, err) == (0, "")
     assert "test: 2 cells: 2 done" in out
 
@@ -84,7 +85,7 @@ def test_ctrl_c_leaves_the_watch_quietly(here: Path) -> None:
         assert watching.stdout is not None
         assert "1 running" in watching.stdout.readline()
         watching.send_signal(signal.SIGINT)
-        _, err = watching.communicate(timeout=60)
+        _, err = watching.communicate(timeout=PATIENCE_S)
     assert (watching.returncode, err) == (0, "")
 
 
