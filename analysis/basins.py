@@ -12,11 +12,10 @@ import pandas as pd
 
 from supar_sweep.errors import ConfigError
 
-from .fit import LineFit, Observed, Optimum, Regret, fit_panel
+from .fit import LineFit, Optimum, Regret, fit_panel
 from .frames import (
     DIVERGED,
     DONE,
-    MISSING,
     check_axes,
     check_metric,
     having,
@@ -31,6 +30,7 @@ from .frames import (
     values_of,
     where,
 )
+from .observed import Observed
 
 
 @dataclass(frozen=True)
@@ -240,18 +240,29 @@ def points_of(rows: pd.DataFrame, x: str, metric: str) -> tuple[Point, ...]:
     Raises:
         ConfigError: two different cells of one seed at a point.
     """
+    log2_x = np.log2(rows[x].to_numpy(dtype=float)).round(6)
+    at = pd.Series(log2_x, index=rows.index)
+    if "cell_id" in rows:
+        kept = ~pd.concat([at, rows[["cell_id", "seed"]]], axis=1).duplicated()
+        rows, at = rows[kept], at[kept]
+    for twice in at[pd.concat([at, rows["seed"]], axis=1).duplicated()]:
+        one_run_a_seed(rows[at == twice], f"{x}={2.0**twice:g}")
+    # thousands of points would take pandas seconds
+    runs: dict[float, list[tuple[int, str, float]]] = {}
+    columns = (at, rows["seed"], rows["kind"], rows[metric])
+    for place, seed, kind, loss in zip(*(column.tolist() for column in columns), strict=True):
+        runs.setdefault(place, []).append((int(seed), kind, loss))
     points = []
-    for log2_x, group in rows.groupby(np.log2(rows[x]).round(6), sort=True):
-        runs = one_run_a_seed(group, f"{x}={2.0**log2_x:g}")
-        known = runs[metric].notna() & np.isfinite(runs[metric])
-        good = runs[(runs["kind"] == DONE) & known].sort_values("seed")
+    for place, members in sorted(runs.items()):
+        good = sorted((seed, loss) for seed, kind, loss in members if kind == DONE and math.isfinite(loss))
+        n_diverged = sum(kind == DIVERGED for _, kind, _ in members)
         points.append(
             Point(
-                log2_x=float(log2_x),
-                seeds=tuple(int(seed) for seed in good["seed"]),
-                losses=tuple(float(loss) for loss in good[metric]),
-                n_diverged=int((runs["kind"] == DIVERGED).sum()),
-                n_missing=int(((runs["kind"] == MISSING) | ((runs["kind"] == DONE) & ~known)).sum()),
+                log2_x=place,
+                seeds=tuple(seed for seed, _ in good),
+                losses=tuple(loss for _, loss in good),
+                n_diverged=n_diverged,
+                n_missing=len(members) - len(good) - n_diverged,
             )
         )
     return tuple(points)

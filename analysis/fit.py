@@ -19,13 +19,14 @@ How an optimum is found:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
+from .observed import Observed, binned
 from .smooth import REACH_OCTAVES, Curve, Samples, crossings, paired_means, pool
 from .wiener import Array
 
@@ -40,20 +41,6 @@ Status = Literal["fitted", "bracketed", "censored", "no_fit"]
 Side = Literal["low", "high"]
 Stop = Literal["open", "grid", "diverged", "cliff"]
 Interval = tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Observed:
-    """A line's runs at one x = log2 of the swept value: loss by seed, number of diverged seeds."""
-
-    x: float
-    losses: Mapping[int, float]
-    n_diverged: int = 0
-
-    @property
-    def eligible(self) -> bool:
-        """Whether the optimum may lie here: some seed has a loss, none diverged."""
-        return self.n_diverged == 0 and len(self.losses) > 0
 
 
 @dataclass(frozen=True)
@@ -165,12 +152,13 @@ class _Start:
 
 
 def fit_panel(lines: Sequence[Sequence[Observed]]) -> list[LineFit]:
-    """Return the fit of each line of a panel; the noise is pooled over the panel.
+    """Return the fit of each line of a panel; the noise is pooled over the panel. Lines of very many x are fitted on bins of
+    them (observed.binned).
 
     Args:
         lines: each line's points in ascending x; points without any run (missing) may be left out.
     """
-    starts = [_start(line) for line in lines]
+    starts = [_start(binned(line)) for line in lines]
     usable = {
         index: start.window
         for index, start in enumerate(starts)

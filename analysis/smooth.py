@@ -41,6 +41,8 @@ _INTENSITIES = np.concatenate([[0.0], 4.0 ** np.arange(-7, 4)])  # in units of s
 _NOISE_ALONE = tuple(float(v) for v in 4.0 ** np.arange(-9, 0))  # one seed only; of scale^2
 _LEAST_WEIGHT = 1e-3
 _LEAST_DF = 3
+_MOST_RUNS_AT_ONCE = 512
+"""Below, the sums over runs are taken in one order, so that known grids keep their numbers to the last bit."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,18 @@ class Samples:
         # Seeds that share no x cannot be paired: then the plain means are all there is.
         return both if np.linalg.matrix_rank(both) == both.shape[1] else per_x
 
-    def correlation(self, rho: float) -> Array:
-        """Return [n_runs, n_runs]: rho^octaves between runs of one seed, 0 between seeds."""
-        gap = np.abs(self.x[self.at][:, None] - self.x[self.at][None])
-        same = self.seed[:, None] == self.seed[None]
+    def correlation(self, rho: float, runs: npt.NDArray[np.int64]) -> Array:
+        """Return [n, n] for so many of the runs: rho^octaves between those of one seed, 0 between seeds."""
+        x, seed = self.x[self.at[runs]], self.seed[runs]
+        gap = np.abs(x[:, None] - x[None])
         near: Array = np.where(gap == 0, 1.0, rho**gap)
-        return np.where(same, near, 0.0)
+        return np.where(seed[:, None] == seed[None], near, 0.0)
+
+    def blocks(self) -> list[npt.NDArray[np.int64]]:
+        """Return the runs in parts that are independent of each other: few in one part, very many seed by seed."""
+        if len(self.loss) <= _MOST_RUNS_AT_ONCE:
+            return [np.arange(len(self.loss))]
+        return [np.flatnonzero(self.seed == seed) for seed in np.unique(self.seed)]
 
 
 def paired_means(samples: Samples) -> Array:
@@ -98,19 +106,28 @@ class _Means:
 
 def _means(samples: Samples, rho: float) -> _Means:
     design = samples.design()
-    correlation = samples.correlation(rho)
-    inverse = np.linalg.inv(correlation)
-    information = design.T @ inverse @ design
+    information = np.zeros((design.shape[1], design.shape[1]))
+    log_det = 0.0
+    parts = []
+    for runs in samples.blocks():
+        correlation = samples.correlation(rho, runs)
+        inverse = np.linalg.inv(correlation)
+        information += design[runs].T @ inverse @ design[runs]
+        log_det += _log_det(correlation)
+        parts.append((runs, inverse))
     covariance = np.linalg.inv(information)
-    solution = covariance @ design.T @ inverse @ samples.loss
+    solution = sum(
+        (covariance @ design[runs].T @ inverse @ samples.loss[runs] for runs, inverse in parts),
+        np.zeros(design.shape[1]),
+    )
     residual = samples.loss - design @ solution
     n_x = len(samples.x)
     return _Means(
         mean=solution[:n_x],
         covariance=covariance[:n_x, :n_x],
-        square_sum=float(residual @ inverse @ residual),
+        square_sum=sum(float(residual[runs] @ inverse @ residual[runs]) for runs, inverse in parts),
         df=len(samples.loss) - design.shape[1],
-        log_det=_log_det(correlation) + _log_det(information),
+        log_det=log_det + _log_det(information),
     )
 
 

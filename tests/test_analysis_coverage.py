@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from analysis.basins import Line, Panel
-from analysis.fit import Observed, fit_panel
+from analysis.fit import fit_panel
+from analysis.observed import Observed
 from analysis.verdict import shift
 
 SHAPES: dict[str, Callable[[Any, float, float], Any]] = {

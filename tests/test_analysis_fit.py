@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from analysis.fit import WINDOW_OCTAVES, LineFit, Observed, fit_panel
+from analysis.fit import WINDOW_OCTAVES, LineFit, fit_panel
+from analysis.observed import BIN_OCTAVES, MOST_X, Observed, binned
 
 GRID = np.arange(-10.0, -3.0 + 1e-9, 1.0)
 SEED_OFFSETS = {0: -0.05, 1: 0.02, 2: 0.03}
@@ -216,3 +217,73 @@ def test_nothing_is_ever_nan() -> None:
     for fit in fits:
         numbers = [fit.optimum.x, fit.optimum.loss, fit.optimum.bound, *(fit.optimum.ci or ())]
         assert all(math.isfinite(number) for number in numbers if number is not None)
+
+
+def test_few_values_are_fitted_as_they_are() -> None:
+    observed = line(bowl(-6.4), np.linspace(-9, -4, MOST_X))
+    assert binned(observed) is observed
+
+
+def test_very_many_values_are_fitted_on_bins() -> None:
+    step, optimum = 0.005, -6.4
+    whole = line(bowl(optimum), np.arange(-9, -4 + 1e-9, step), n_seeds=3, noise=0.01)
+    rng = np.random.default_rng(1)
+    holes = [Observed(o.x, {s: v for s, v in o.losses.items() if rng.random() > 0.05}) for o in whole]
+    for points in (whole, holes):
+        bins = binned(points)
+        assert len(bins) == round(5 / BIN_OCTAVES) + 1
+        assert bins[0].x - points[0].x <= BIN_OCTAVES / 2
+        fit = fit_one(points)
+        assert fit.optimum.ci is not None
+        assert fit.optimum.ci[0] < optimum < fit.optimum.ci[1]
+        assert np.ptp(fit.optimum.ci) < 0.1
+        assert fit.curve is not None
+        # a point's error is that of the mean over a bin
+        per_bin = BIN_OCTAVES / step * 3
+        assert fit.curve.noise == pytest.approx(0.01 / math.sqrt(per_bin), rel=0.35)
+
+
+def test_a_bin_holds_each_seeds_own_mean_moved_along_their_common_slope() -> None:
+    x = [-6.02, -6.01, -6.0, -5.99]
+    far = [Observed(float(n), {0: 9.0}) for n in range(1, MOST_X + 1)]
+    points = [Observed(at, {0: 2 + 3 * at, **({1: 5 + 3 * at} if at >= -6.0 else {})}) for at in x]
+    first = binned([*points, *far])[0]
+    assert first.x == pytest.approx(np.mean(x))
+    assert first.losses == pytest.approx({0: 2 + 3 * first.x, 1: 5 + 3 * first.x})
+
+
+def test_a_bin_in_which_a_run_diverged_is_a_wall() -> None:
+    grid = np.arange(-9, -4 + 1e-9, 0.01)
+    walls = tuple(float(x) for x in grid if x > -5)
+    fit = fit_one(line(bowl(-4.5), grid, diverged=walls))
+    assert fit.optimum.status == "bracketed"
+    assert fit.optimum.ci is not None
+    assert fit.optimum.ci[1] == pytest.approx(-5, abs=BIN_OCTAVES)
+    assert not any(point.eligible for point in binned(line(bowl(-4.5), grid, diverged=walls)) if point.x > -5)
+
+
+def test_bins_change_an_optimum_by_far_less_than_its_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = np.arange(-8, -5 + 1e-9, 3 / MOST_X)  # a few more than fit as they are
+    panel = [
+        line(lambda x, o=o: bowl(o)(x) + 0.01 * (x - o) ** 3, grid, noise=0.01, seed=k)  # type: ignore[misc]
+        for k, o in enumerate((-6.9, -6.3))
+    ]
+    on_bins = fit_panel(panel)
+    monkeypatch.setattr("analysis.observed.MOST_X", 10_000)
+    for exact, coarse in zip(fit_panel(panel), on_bins, strict=True):
+        assert exact.optimum.x is not None
+        assert exact.optimum.ci is not None
+        assert len(coarse.x) < len(exact.x)
+        assert coarse.optimum.x == pytest.approx(exact.optimum.x, abs=0.2 * np.ptp(exact.optimum.ci))
+
+
+@pytest.mark.parametrize("n_seeds", [1, 3])
+def test_runs_taken_seed_by_seed_give_the_same_fit(n_seeds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    panel = [line(bowl(o), noise=0.01, n_seeds=n_seeds, seed=k) for k, o in enumerate((-7.2, -6.1, -5.4))]
+    panel[0] = [Observed(o.x, {s: v for s, v in o.losses.items() if (int(o.x) + s) % 4}) for o in panel[0]]
+    at_once = fit_panel(panel)
+    monkeypatch.setattr("analysis.smooth._MOST_RUNS_AT_ONCE", 0)
+    for a, b in zip(at_once, fit_panel(panel), strict=True):
+        assert a.optimum.status == b.optimum.status
+        assert a.optimum.x == pytest.approx(b.optimum.x, abs=1e-7)
+        assert a.optimum.ci == pytest.approx(b.optimum.ci, abs=1e-6)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from analysis.basins import Line, Panel
-from analysis.fit import LineFit, Observed, fit_panel
+from analysis.fit import LineFit, fit_panel
+from analysis.observed import Observed
 from analysis.pairing import correlation, shared_part
 from analysis.smooth import Curve
 from analysis.verdict import shift

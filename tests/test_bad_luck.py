@@ -34,7 +34,7 @@ def test_torn_records_are_said_and_made_whole(capsys: pytest.CaptureFixture[str]
     assert "result.json is torn" in json.loads(out)["errors"][0]["message"]
     code, out, err = call(capsys, "run", *GRID, "format=json")
     assert (code, json.loads(out)["done"]) == (0, 1)
-    assert "a torn record, which is set aside: trained again" in err
+    assert "a torn result, which is set aside: trained again" in err
     assert (folder / "result.json.corrupt").exists()
     assert losses() == whole
 
@@ -218,7 +218,7 @@ def test_a_quickstart_that_was_interrupted_goes_on_and_says_json(
             assert time.monotonic() < deadline_s
             time.sleep(0.05)
         child.send_signal(stop)
-        assert child.communicate(timeout=60)[0] == b""
+        assert child.communicate(timeout=120)[0] == b""
         assert child.returncode == (130 if stop == signal.SIGINT else -signal.SIGKILL)
         assert "Traceback" not in (here / "err.txt").read_text()
     code, out, err_text = call(capsys, *words)

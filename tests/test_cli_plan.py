@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from supar_sweep.sweep.cohorts import Price, groups, take
 from tests.command_line import CELL, call, here, refused
 
 __all__ = ["here"]
@@ -17,19 +16,6 @@ GRID = (
     *("model.width=16", "experiment.name=g", "runtime.cohort=2", "launcher=dev_cluster"),
     "experiment.axes.seed={log2: [0, 5], step: 1}",
 )
-
-
-def test_groups_are_those_that_taking_one_after_another_gives() -> None:
-    from collections import deque
-
-    prices = {f"{n}": Price(cost=1.0 + n % 3, shape=n % 3, together=4) for n in range(23)}
-    todo = deque(sorted(prices, key=lambda this: -prices[this].cost))
-    expected = []
-    while todo:
-        expected.append(take(todo, prices, 3))
-    found = list(groups(prices, prices, 3))
-    assert found == expected
-    assert sorted(this for group in found for this in group) == sorted(prices)
 
 
 def test_without_a_cluster_it_shows_arrays_and_says_what_it_does_not_know(

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from supar_sweep.sweep.records import Attempt
-from supar_sweep.sweep.status import folders
+from supar_sweep.sweep.status import MOST_ROWS, folded_counts, folders, states, status_counts
 from supar_sweep.sweep.submission import Experiment
+from tests.clusters import PATIENCE_S
 from tests.command_line import GRID, ROOT, call, here, refused
-from tests.grids import seeds
+from tests.grids import plan_of, seeds
 
 __all__ = ["here"]
 
@@ -65,7 +66,7 @@ def test_watching_ends_when_nothing_is_under_way(here: Path) -> None:
         assert watching.stdout is not None
         assert "1 done, 1 running" in watching.stdout.readline()
         two.publish({"end": "done", "device": "cuda"}, keep_checkpoints=False)
-    out, err = watching.communicate(timeout=60)
+    out, err = watching.communicate(timeout=PATIENCE_S)
     assert (watching.returncode, err) == (0, "")
     assert "test: 2 cells: 2 done" in out
 
@@ -84,7 +85,7 @@ def test_ctrl_c_leaves_the_watch_quietly(here: Path) -> None:
         assert watching.stdout is not None
         assert "1 running" in watching.stdout.readline()
         watching.send_signal(signal.SIGINT)
-        _, err = watching.communicate(timeout=60)
+        _, err = watching.communicate(timeout=PATIENCE_S)
     assert (watching.returncode, err) == (0, "")
 
 
@@ -156,3 +157,25 @@ def test_one_cell_is_cancelled_in_a_queue_only(here: Path, capsys: pytest.Captur
     assert "cell: one cell can be cancelled in SLURM's queue only" in said
     Experiment(Path("runs"), "other").write(seeds(7))
     assert "cell: is no cell of other" in refused(capsys, "cancel", "experiment.name=other", f"cell={one.cell.cell_id}")
+
+
+def test_a_table_of_very_many_rows_is_folded(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lrs = [0.001 * n for n in range(1, MOST_ROWS + 2)]
+    plan = plan_of([{"density": density, "hparams.lr": lr, "seed": 0} for density in (1.0, 0.5) for lr in lrs])
+    Experiment(Path("runs"), "test").write(plan)
+    shown = call(capsys, "status", *NAME)[1].splitlines()
+    folded = f"{len(lrs)} values, {lrs[0]:g} to {lrs[-1]:g}"
+    assert [line.split()[0] for line in shown if folded in line] == ["1", "0.5"]
+    assert len(shown) < 10
+    # whoever asks for every row gets it
+    whole = 2 * len(lrs)
+    assert len(call(capsys, "status", *NAME, "format=csv")[1].splitlines()) == whole + 1
+    assert len(json.loads(call(capsys, "status", *NAME, "format=json")[1])["groups"]) == whole
+    assert len(call(capsys, "status", *NAME, "by=lr")[1].splitlines()) > len(lrs)
+
+
+def test_no_axis_is_folded_where_few_rows_say_all(here: Path) -> None:
+    plan = plan_of([{"hparams.lr": 0.001 * n, "seed": 0} for n in range(1, MOST_ROWS + 1)])
+    found = states(Experiment(Path("runs"), "test"), plan)
+    assert folded_counts(plan, found, ["lr"]) == status_counts(plan, found, ["lr"])
+    assert folded_counts(plan, found, []) == status_counts(plan, found)

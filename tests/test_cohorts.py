@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections import deque
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launchers.local import LocalLauncher
-from supar_sweep.sweep.cohorts import SHARES, Price, split, take
+from supar_sweep.sweep.cohorts import SHARES, Price, Queue, groups, split
 from supar_sweep.sweep.complete import complete
 from supar_sweep.sweep.status import folders
 from supar_sweep.sweep.trainer import CellTrainer
@@ -24,17 +26,93 @@ EIGHT = Price(together=8)
 
 
 def cut(todo: list[str], prices: dict[str, Price], slots: int, alone: Any = ()) -> list[list[str]]:
-    left, groups = deque(todo), []
-    while left:
-        groups.append(take(left, prices, slots, alone))
-    return groups
+    queue, taken = Queue(todo, prices, alone), []
+    while queue:
+        taken.append(queue.take(slots))
+    return taken
+
+
+def first_and_others_of_its_shape(
+    todo: deque[str], prices: Mapping[str, Price], slots: int, alone: Container[str]
+) -> list[str]:
+    """The next group by its definition, looked for among all that wait: a queue takes the same, without looking at all."""
+    first = todo[0]
+    price = prices[first]
+    group = [first]
+    if first not in alone and price.together > 1:
+        share = sum(prices[other].cost for other in todo) / (SHARES * slots * price.cost)
+        size = min(price.together, max(1, math.ceil(share)))
+        for other in todo:
+            if len(group) == size:
+                break
+            if other != first and prices[other].shape == price.shape and other not in alone:
+                if len(group) >= prices[other].together:
+                    continue
+                size = min(size, prices[other].together)
+                group.append(other)
+    for member in group:
+        todo.remove(member)
+    return group
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_queue_takes_the_groups_of_the_definition_in_its_order(seed: int) -> None:
+    rng = random.Random(seed)
+    cells = [f"{n}" for n in range(rng.choice([1, 7, 40, 150]))]
+    most = rng.choice([1, 2, 8, 32])
+    # whole numbers, so that their sum is exact in any order
+    prices = {
+        cell_id: Price(float(rng.choice([1, 1, 3, 50])), rng.choice("xyz"), rng.choice([1, 2, most, most]))
+        for cell_id in cells
+    }
+    alone = {cell_id for cell_id in cells if rng.random() < 0.1}
+    slots = rng.choice([1, 2, 5, 64])
+    queue = Queue(cells, prices, alone)
+    todo = deque(sorted(cells, key=lambda cell_id: -prices[cell_id].cost))
+    out: list[str] = []
+    while todo:
+        assert list(queue) == list(todo)
+        group = queue.take(slots)
+        assert group == first_and_others_of_its_shape(todo, prices, slots, alone)
+        out += group
+        if rng.random() < 0.3:  # some are tried again, by themselves or not
+            cell_id, apart = out.pop(rng.randrange(len(out))), rng.random() < 0.5
+            alone |= {cell_id} if apart else set()
+            queue.put_back(cell_id, alone=apart)
+            todo.append(cell_id)
+    assert not queue
+
+
+def test_a_queue_that_was_cleared_can_be_filled_again() -> None:
+    cells = list("abcdefgh")
+    queue = Queue(cells, dict.fromkeys(cells, EIGHT), {"c"})
+    queue.clear()
+    assert len(queue) == 0
+    for cell_id in "bcd":
+        queue.put_back(cell_id)
+    assert [queue.take(1) for _ in range(2)] == [["b", "d"], ["c"]]
+
+
+def test_a_queue_does_not_look_at_all_that_wait_for_each_group() -> None:
+    looks = 0
+
+    class Counted(dict[str, Price]):
+        def __getitem__(self, cell_id: str) -> Price:
+            nonlocal looks
+            looks += 1
+            return super().__getitem__(cell_id)
+
+    cells = [f"{n}" for n in range(3000)]
+    prices = Counted({cell_id: Price(together=8) for cell_id in cells})
+    assert sum(map(len, groups(cells, prices, 4))) == len(cells)
+    assert looks < 10 * len(cells)
 
 
 def test_groups_are_full_at_first_and_single_at_the_end() -> None:
     cells = [str(n) for n in range(100)]
-    groups = cut(cells, dict.fromkeys(cells, EIGHT), slots=2)
-    assert [this for group in groups for this in group] == cells  # in order, each once
-    sizes = [len(group) for group in groups]
+    taken = cut(cells, dict.fromkeys(cells, EIGHT), slots=2)
+    assert [this for group in taken for this in group] == cells  # in order, each once
+    sizes = [len(group) for group in taken]
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] == 8
     assert sizes[-2:] == [1, 1]
@@ -62,18 +140,18 @@ def test_only_cells_of_one_shape_are_given_together() -> None:
 
 def test_who_must_be_alone_is() -> None:
     cells = list("abcdefgh") * 1
-    groups = cut(cells, dict.fromkeys(cells, Price(together=4)), slots=1, alone={"a", "d"})
-    assert ["a"] in groups
-    assert ["d"] in groups
-    assert max(map(len, groups)) > 1
+    taken = cut(cells, dict.fromkeys(cells, Price(together=4)), slots=1, alone={"a", "d"})
+    assert ["a"] in taken
+    assert ["d"] in taken
+    assert max(map(len, taken)) > 1
     assert cut(cells, dict.fromkeys(cells, Price()), slots=1) == [[this] for this in cells]
 
 
 def test_the_neediest_says_how_many_a_group_may_be() -> None:
     prices = dict.fromkeys("abcdefgh", EIGHT) | {"c": Price(together=2), "d": Price(together=1)}
-    groups = cut(list("abcdefgh"), prices, slots=1)
-    assert all(len(group) <= prices[this].together for group in groups for this in group)
-    assert sorted(this for group in groups for this in group) == list("abcdefgh")
+    taken = cut(list("abcdefgh"), prices, slots=1)
+    assert all(len(group) <= prices[this].together for group in taken for this in group)
+    assert sorted(this for group in taken for this in group) == list("abcdefgh")
     assert [len(each) for each in split(["x"] * 4, [8, 8, 2, 8], slots=1)] == [2, 2]
 
 
@@ -144,13 +222,13 @@ def test_what_finds_no_room_in_company_is_tried_again_alone(runs_dir: Path) -> N
 
 def test_the_trainer_hands_over_a_batch_in_groups(runs_dir: Path) -> None:
     with pool(runs_dir, processes=2) as launcher:
-        groups = group_sizes(launcher)
+        sizes = group_sizes(launcher)
         trainer = trainer_of(runs_dir, launcher)
         wanted = {trainer.submit(tiny_cell(seed=seed)) for seed in range(6)}
         ended: set[str] = set()
         while ended != wanted:
             ended |= {end.cell_id for end in trainer.ends(30)}
-    assert groups == [3, 3]
+    assert sizes == [3, 3]
 
 
 def test_a_trial_that_finds_no_room_in_company_is_tried_again_alone(runs_dir: Path) -> None:
@@ -197,11 +275,11 @@ def test_no_process_is_idle_for_longer_than_the_dearest_cell_takes(slots: int) -
     for this in cells:
         shape = rng.choice(sorted(shapes))
         prices[this] = Price(shapes[shape], shape, rng.choice([1, 8, 32]) if shape == "big" else 8)
-    todo = deque(sorted(cells, key=lambda this: -prices[this].cost))
+    queue = Queue(cells, prices)
     free_at = [0.0] * slots
-    while todo:
+    while queue:
         # the process that is free first takes the next group, as `complete` hands them out
         now = min(free_at)
-        group = take(todo, prices, slots)
+        group = queue.take(slots)
         free_at[free_at.index(now)] = now + sum(prices[this].cost for this in group)
     assert max(free_at) - min(free_at) <= max(shapes.values())

@@ -225,9 +225,9 @@ class _New:
 
 
 def test_settings_added_later_are_left_out_at_their_default() -> None:
-    assert identity._plain(_New(a=5)) == identity._plain(_Old(a=5)) == {"a": 5}
-    assert identity._plain(_New(a=5, b=1)) == {"a": 5, "b": 1}
-    assert identity._plain(_New(a=5, inner=_Old(a=2))) == {"a": 5, "inner": {"a": 2}}
+    assert identity.plain_value(_New(a=5)) == identity.plain_value(_Old(a=5)) == {"a": 5}
+    assert identity.plain_value(_New(a=5, b=1)) == {"a": 5, "b": 1}
+    assert identity.plain_value(_New(a=5, inner=_Old(a=2))) == {"a": 5, "inner": {"a": 2}}
 
 
 SWAPS = {"update_fraction": 0.1, "stop_fraction": 0.75, "drop_fraction": 0.3}

@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,9 +173,10 @@ def test_each_worker_has_a_gpu_of_its_own_while_there_are_enough(runs_dir: Path)
 
 
 def tell_gpu(jobs: list[dict[str, Any]], *, should_stop: object, ended: Callable[..., None]) -> None:
-    """What a worker sees of the GPUs; slow enough for each job to get its own worker."""
-    (Path(jobs[0]["store"]).parent / jobs[0]["cell_id"]).write_text(os.environ["CUDA_VISIBLE_DEVICES"])
-    time.sleep(1)
+    """What a worker sees of the GPUs; it waits for the other two, so that each job gets a worker of its own."""
+    runs = Path(jobs[0]["store"]).parent
+    (runs / jobs[0]["cell_id"]).write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+    wait_for(lambda: sum(path.is_file() for path in runs.iterdir()) == 3)
     ended(jobs[0]["cell_id"], "done")
 
 

@@ -144,6 +144,22 @@ def test_a_stop_that_one_rank_hears_saves_and_ends_all_and_the_next_start_goes_o
     assert_same_curve(job, alone(job, tmp_path / "alone"), rel=1e-9)
 
 
+@pytest.mark.slow
+def test_ranks_go_back_together_where_the_past_is_lost(tmp_path: Path) -> None:
+    long = {"train.steps": 300, "train.precision": "float64"}
+    job = tiny_job(tmp_path / "cells", runtime={"checkpoint_every_steps": 10}, **long)
+    processes = start(tmp_path, [job], tasks=2)
+    begun(job, processes, 10)
+    processes[1].send_signal(signal.SIGTERM)
+    wait(processes)
+    (folder_of(job).attempts()[0] / "metrics.jsonl").write_bytes(b"")
+    codes, printed = wait(start(tmp_path, [job], tasks=2))
+    assert codes == [0, 0], printed
+    assert result_of(job)["resumed_from_step"] == 0
+    assert all("are lost" in warning for warning in result_of(job)["warnings"])
+    assert_same_curve(job, alone(job, tmp_path / "alone"), rel=1e-9)
+
+
 @pytest.mark.parametrize(
     ("overrides", "world_size", "said"),
     [

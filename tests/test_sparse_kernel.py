@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from supar_sweep.sparse.compact import MAX_TILE_TOKENS, MIN_TILE_TOKENS, Compact
 from supar_sweep.sparse.kernel import choose_kernel, kernel_takes
 from supar_sweep.sparse.kernel_build import BuildError, built_kernel
 from supar_sweep.sparse.masks import live_positions
+from tests.grids import alive, wait_for
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-14}
 
@@ -203,6 +204,7 @@ import torch
 from supar_sweep.sparse.compact import CompactLinear
 from supar_sweep.sparse.kernel import choose_kernel
 from supar_sweep.sparse.masks import live_positions
+from tests.grids import alive, wait_for
 choice = choose_kernel("cpu")
 layer = CompactLinear(8, 8, 20)
 layer.set_pattern(live_positions(1, (8, 8), 20))
@@ -241,6 +243,24 @@ def test_processes_that_build_at_once_all_get_it(tmp_path: Path) -> None:
     before = file.stat().st_mtime_ns
     assert answer(asking(tmp_path)).startswith("True")
     assert file.stat().st_mtime_ns == before  # taken from the cache
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("damage", ["cut to 100 bytes", "cut to a half", "a bit flipped"])
+def test_a_damaged_kernel_in_the_cache_is_built_anew(damage: str, tmp_path: Path) -> None:
+    assert answer(asking(tmp_path)).startswith("True compiled by ")
+    (file,) = (tmp_path / "supar-sweep").iterdir()
+    whole = file.read_bytes()
+    middle = len(whole) // 2
+    damaged = {
+        "cut to 100 bytes": whole[:100],
+        "cut to a half": whole[:middle],  # loading it is a SIGBUS
+        "a bit flipped": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
+    }
+    file.write_bytes(damaged[damage])
+    assert answer(asking(tmp_path)).startswith("True compiled by ")
+    (built,) = (tmp_path / "supar-sweep").iterdir()
+    assert hashlib.sha256(built.read_bytes()).hexdigest().startswith(built.stem.rpartition("-")[2])
 
 
 def test_without_a_compiler_torch_computes(tmp_path: Path) -> None:
@@ -287,15 +307,11 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_compiler_that_hangs_is_ended_with_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", compiler_script(tmp_path, f"sleep 600 & echo $! >> {tmp_path}/children; wait"))
-    monkeypatch.setattr(kernel_build, "BUILD_LIMIT_S", 1.0)
-    begun_s = time.monotonic()
-    with pytest.raises(BuildError, match="took over 1 s"):
+    monkeypatch.setattr(kernel_build, "BUILD_LIMIT_S", 4.0)  # time for its child to begin, on a busy machine too
+    with pytest.raises(BuildError, match="took over 4 s"):
         built_kernel()
-    assert time.monotonic() - begun_s < 60
     (child,) = (tmp_path / "children").read_text(encoding="utf-8").split()
-    status = Path(f"/proc/{child}/stat")
-    # gone, or dead and not yet collected by init
-    assert not status.exists() or status.read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "Z"
+    wait_for(lambda: not alive(int(child)))  # on a busy machine a killed process takes its time to end
 
 
 def test_a_cache_that_others_may_write_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,12 +347,11 @@ def test_a_kernel_that_computes_something_else_is_refused(
     assert choice.reason.startswith("the compiled kernel is wrong here: relative error ")
 
 
-@pytest.mark.compiler
 @pytest.mark.usefixtures("fresh")
-def test_a_broken_file_in_the_cache_leaves_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_that_writes_no_library_leaves_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", compiler_script(tmp_path, 'for target; do :; done; echo junk > "$target"'))
     file, _ = built_kernel()
-    file.write_bytes(b"not a library")
     choice = choose_kernel("cpu")
     assert not choice.used
     assert str(file) in choice.reason

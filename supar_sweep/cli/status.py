@@ -19,7 +19,7 @@ from supar_sweep.errors import ConfigError
 from supar_sweep.sweep.extension import n_added
 from supar_sweep.sweep.locks import Holder
 from supar_sweep.sweep.pace import Pace, pace, used_hours
-from supar_sweep.sweep.status import STATES, CellState, first_errors, states, status_counts
+from supar_sweep.sweep.status import STATES, CellState, first_errors, folded_counts, states, status_counts
 from supar_sweep.sweep.submission import Plan
 from supar_sweep.sweep.tables import render
 from supar_sweep.training.cost import relative_cost
@@ -110,7 +110,9 @@ class _Look:
     def table(self, settings: Settings, by: Sequence[str]) -> str:
         """Return the counts as a table, or as CSV."""
         [total] = status_counts(self.frozen, self.found)
-        groups = status_counts(self.frozen, self.found, by=by)
+        # whoever names the columns, or has a program read them, gets every row
+        whole = settings.format != "table" or settings.plain.get("by") is not None
+        groups = (status_counts if whole else folded_counts)(self.frozen, self.found, by)
         shown = [state for state in STATES if total[state]]
         by_state = ", ".join(f"{total[state]} {state}" for state in shown)
         who = f"; run by {self.runner}" if self.runner else "; no run is working on it"

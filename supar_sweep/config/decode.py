@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from functools import lru_cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -13,6 +13,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from supar_sweep.errors import ConfigError
 
 T = TypeVar("T")
+
+_SCALARS = (str, int, float)
 
 
 def decode(cls: type[T], plain: Mapping[str, Any], *, prefix: str = "") -> T:
@@ -51,19 +53,48 @@ def _hints(cls: type[Any]) -> dict[str, Any]:
     return get_type_hints(cls)
 
 
-def encode(config: Any) -> Any:
+def encode(config: Any, of_field: Callable[[Any], Any] | None = None) -> Any:
     """Return the plain form (dicts, lists, scalars) of a dataclass: `decode` of it gives the dataclass back.
 
     Args:
         config: a dataclass of the schema, or what its fields hold.
+        of_field: gives the plain form of what the fields hold; default: this function. `Once(encode)`, where many configs
+            share their parts.
     """
+    if config is None or isinstance(config, _SCALARS):
+        return config
     if is_dataclass(config):
-        return {item.name: encode(getattr(config, item.name)) for item in fields(config)}
+        of_field = of_field or encode
+        return {item.name: of_field(getattr(config, item.name)) for item in fields(config)}
     if isinstance(config, (list, tuple)):
         return [encode(item) for item in config]
     if isinstance(config, Mapping):
         return {str(key): encode(value) for key, value in config.items()}
     return config
+
+
+class Once:
+    """A function of dataclasses that computes each object's value once: the cells of a grid share most of their sections.
+
+    Objects are told apart by who they are, not by what they hold: equal ones may differ in form (1 and 1.0).
+
+    Args:
+        function: what is to be computed. Its value is handed out again and again, so nobody may change it.
+    """
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self._function = function
+        # the object is kept beside its value, so that no other one can get its id
+        self._known: dict[int, tuple[Any, Any]] = {}
+
+    def __call__(self, value: Any) -> Any:
+        known = self._known.get(id(value))
+        if known is not None:
+            return known[1]
+        made = self._function(value)
+        if is_dataclass(value):
+            self._known[id(value)] = (value, made)
+        return made
 
 
 def _join(prefix: str, name: str) -> str:

@@ -49,12 +49,10 @@ def built_kernel() -> tuple[Path, str]:
         key = hashlib.sha256()
         for part in (SOURCE.read_text(encoding="utf-8"), version, *_FLAGS, platform.machine(), _cpu()):
             key.update(part.encode() + b"\0")
-        file = _cache_folder() / f"kernel-{key.hexdigest()[:24]}.so"
-        if not file.exists():
-            _build(compiler, file)
+        folder, stem = _cache_folder(), f"kernel-{key.hexdigest()[:24]}"
+        return _cached(folder, stem) or _build(compiler, folder, stem), version
     except OSError as error:
         raise BuildError(f"{type(error).__name__}: {error}") from error
-    return file, version
 
 
 def _compiler() -> list[str]:
@@ -93,10 +91,27 @@ def _cpu() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
 
 
-def _build(compiler: Sequence[str], file: Path) -> None:
+def _cached(folder: Path, stem: str) -> Path | None:
+    """Return the cached kernel that holds what its name says; None where there is none, so that it is built anew.
+
+    A library that was cut kills the process that loads it, or cannot be loaded at all.
+    """
+    for path in sorted(folder.glob(f"{stem}-*.so")):
+        if path == _named(path, folder, stem):
+            return path
+        path.unlink(missing_ok=True)
+    return None
+
+
+def _named(path: Path, folder: Path, stem: str) -> Path:
+    """Return where a kernel lies in the cache: its name ends in the digest of what it holds."""
+    return folder / f"{stem}-{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}.so"
+
+
+def _build(compiler: Sequence[str], folder: Path, stem: str) -> Path:
     problem = ""
-    with tempfile.TemporaryDirectory(prefix="build-", dir=file.parent) as folder:
-        target = Path(folder) / file.name
+    with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as scratch:
+        target = Path(scratch) / f"{stem}.so"
         for tuning in _TUNINGS:
             try:
                 _output([*compiler, *_FLAGS, *tuning, str(SOURCE), "-o", str(target)], BUILD_LIMIT_S)
@@ -108,8 +123,9 @@ def _build(compiler: Sequence[str], file: Path) -> None:
             # a half-written library would crash whoever loads it
             with target.open("rb") as stream:
                 os.fsync(stream.fileno())
+            file = _named(target, folder, stem)
             os.replace(target, file)
-            return
+            return file
     raise BuildError(problem)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import count
 
 SHARES = 2
 """A group takes at most this part of a process's fair share of what is left, so that the last groups are small and no process
@@ -28,36 +30,89 @@ class Price:
     together: int = 1
 
 
-def take(todo: deque[str], prices: Mapping[str, Price], slots: int, alone: Container[str] = ()) -> list[str]:
-    """Remove the next group of cells from `todo` and return it: the first one and others of its shape, in order.
+class Queue:
+    """Cells that wait for a process, the dearest first. Taking all of them costs time in proportion to their number.
 
     Args:
-        todo: cell_ids, the dearest first; at least one.
-        prices: of each.
-        slots: processes that work on the grid, >= 1.
+        cells: cell_ids; cells of one cost keep their order.
+        prices: of each cell, also of those that are put back later.
         alone: cells that must not share a process.
     """
-    first = todo[0]
-    price = prices[first]
-    if first in alone or price.together == 1:
-        return [todo.popleft()]
-    share = sum(prices[this].cost for this in todo) / (SHARES * slots * price.cost)
-    size = min(price.together, max(1, math.ceil(share)))
-    group = [first]
-    for this in todo:
-        if len(group) == size:
-            break
-        if this != first and prices[this].shape == price.shape and this not in alone:
+
+    def __init__(self, cells: Iterable[str], prices: Mapping[str, Price], alone: Iterable[str] = ()) -> None:
+        self._prices = prices
+        self._alone = set(alone)
+        self._places = count()
+        self._place: OrderedDict[str, int] = OrderedDict()
+        # shape -> together -> the cells that may share a process, in the queue's order
+        self._lanes: dict[Hashable, dict[int, deque[str]]] = {}
+        # exact, as it grows and shrinks by one cell after another
+        self._cost = Fraction(0)
+        for cell_id in sorted(cells, key=lambda cell_id: -prices[cell_id].cost):
+            self._append(cell_id)
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._place)
+
+    def put_back(self, cell_id: str, *, alone: bool = False) -> None:
+        """Let a cell that was taken wait again, behind all others.
+
+        Args:
+            cell_id: a cell that does not wait.
+            alone: from now on it must not share a process.
+        """
+        if alone:
+            self._alone.add(cell_id)
+        self._append(cell_id)
+
+    def clear(self) -> None:
+        """Take all cells out."""
+        self._place.clear()
+        self._lanes.clear()
+        self._cost = Fraction(0)
+
+    def take(self, slots: int) -> list[str]:
+        """Remove the next group and return it: the first cell, and others of its shape in order.
+
+        Args:
+            slots: processes that work on the grid, >= 1.
+        """
+        first = next(iter(self._place))
+        price = self._prices[first]
+        if not self._may_share(first):
+            self._remove(first)
+            return [first]
+        share = self._cost / (SHARES * slots * Fraction(price.cost))
+        size = max(1, math.ceil(share))
+        lanes = self._lanes[price.shape]
+        group: list[str] = []
+        while len(group) < size:
             # the neediest of a group says how many it may be
-            if len(group) >= prices[this].together:
-                continue
-            size = min(size, prices[this].together)
-            group.append(this)
-    chosen = set(group)
-    left = [this for this in todo if this not in chosen]
-    todo.clear()
-    todo.extend(left)
-    return group
+            open_lanes = [lane for together, lane in lanes.items() if lane and together > len(group)]
+            if not open_lanes:
+                break
+            cell_id = min(open_lanes, key=lambda lane: self._place[lane[0]]).popleft()
+            size = min(size, self._prices[cell_id].together)
+            self._remove(cell_id)
+            group.append(cell_id)
+        return group
+
+    def _may_share(self, cell_id: str) -> bool:
+        return self._prices[cell_id].together > 1 and cell_id not in self._alone
+
+    def _append(self, cell_id: str) -> None:
+        price = self._prices[cell_id]
+        self._place[cell_id] = next(self._places)
+        self._cost += Fraction(price.cost)
+        if self._may_share(cell_id):
+            self._lanes.setdefault(price.shape, {}).setdefault(price.together, deque()).append(cell_id)
+
+    def _remove(self, cell_id: str) -> None:
+        del self._place[cell_id]
+        self._cost -= Fraction(self._prices[cell_id].cost)
 
 
 def groups(left: Iterable[str], prices: Mapping[str, Price], slots: int) -> Iterator[list[str]]:
@@ -68,9 +123,9 @@ def groups(left: Iterable[str], prices: Mapping[str, Price], slots: int) -> Iter
         prices: of each.
         slots: processes that work on the grid, >= 1.
     """
-    todo = deque(sorted(left, key=lambda this: -prices[this].cost))
-    while todo:
-        yield take(todo, prices, slots)
+    queue = Queue(left, prices)
+    while queue:
+        yield queue.take(slots)
 
 
 def split(shapes: Sequence[Hashable], together: Sequence[int], slots: int) -> list[list[int]]:

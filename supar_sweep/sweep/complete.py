@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from supar_sweep.errors import RecordError
-from supar_sweep.sweep.cohorts import Price, take
+from supar_sweep.sweep.cohorts import Price, Queue
 from supar_sweep.sweep.interrupt import Interrupts
 from supar_sweep.sweep.jobs import POLL_S, RETRIES, Event, Launcher, planned_job
 from supar_sweep.sweep.records import COMPLETE_ENDS
@@ -145,12 +145,11 @@ class _Run:
     retries: int
     alike: int
     leave: Callable[[Interrupts], bool]
-    todo: deque[str] = field(default_factory=deque)
+    todo: Queue = field(default_factory=lambda: Queue((), {}))
     under_way: dict[str, _Group] = field(default_factory=dict)
     elsewhere: set[str] = field(default_factory=set)
     troubles: dict[str, Event] = field(default_factory=dict)
     tries: defaultdict[str, Tries] = field(default_factory=lambda: defaultdict(Tries))
-    alone: set[str] = field(default_factory=set)
     first: list[str] = field(default_factory=list)
     tripped: Event | None = None
     held: int = 0
@@ -177,7 +176,7 @@ class _Run:
             self._hold()
             n_groups = len(set(self.under_way.values()))
             while self.todo and n_groups < self.launcher.slots:
-                self._submit(take(self.todo, self.prices, self.launcher.processes, self.alone))
+                self._submit(self.todo.take(self.launcher.processes))
                 n_groups += 1
             if self.under_way:
                 events = self.launcher.events(POLL_S)
@@ -193,7 +192,8 @@ class _Run:
 
     def _sort_out(self) -> None:
         """Decide what is to be done with each cell, by its state."""
-        corrupt = []
+        todo: list[str] = []
+        aside: dict[bool, list[str]] = {True: [], False: []}
         self.known = self.launcher.known()
         for this, state in self.states.items():
             if state.complete:
@@ -202,29 +202,33 @@ class _Run:
             if state.state == "running" and this not in self.known:
                 self.elsewhere.add(this)
                 continue
-            if state.state == "corrupt" and not self._mended(this):
-                continue
-            corrupt += [this] if state.state == "corrupt" else []
-            self.todo.append(this)
-        self.todo = deque(sorted(self.todo, key=lambda this: -self.prices[this].cost))
-        if corrupt:
-            self.progress.message(
-                f"{_cells(len(corrupt))} had a torn record, which is set aside: trained again "
-                f"({self._name(corrupt[0])}: {self.states[corrupt[0]].message})"
+            if state.state == "corrupt":
+                if (moved := self._set_aside(this)) is None:
+                    continue
+                aside[moved].append(this)
+            todo.append(this)
+        self.todo = Queue(todo, self.prices)
+        for moved, cells in aside.items():
+            what = (
+                "a torn result, which is set aside: trained again"
+                if moved
+                else "a record that cannot be read: tried again"
             )
+            if cells:
+                first = f"{self._name(cells[0])}: {self.states[cells[0]].message}"
+                self.progress.message(f"{_cells(len(cells))} had {what} ({first})")
         if self.elsewhere:
             self.progress.message(f"{_cells(len(self.elsewhere))} being trained by another process: waiting for it")
 
-    def _mended(self, this: str) -> bool:
-        """Move a torn result aside; where that is impossible the cell has failed, and the others go
-        on.
+    def _set_aside(self, this: str) -> bool | None:
+        """Move a torn result aside and return whether there was one; None where that is impossible: the cell has failed, and
+        the others go on.
         """
         try:
-            set_aside_torn(self.folders[this], self.states[this])
-            return True
+            return set_aside_torn(self.folders[this], self.states[this])
         except RecordError as error:
             self._fail(Event(this, "failed", str(error)))
-            return False
+            return None
 
     def _obey(self, interrupts: Interrupts) -> None:
         """Act on Ctrl-C: the first lets cells save, the second kills them."""
@@ -291,8 +295,7 @@ class _Run:
 
     def _again(self, event: Event, how: str) -> None:
         """Try a cell once more, by itself: what ended it may have been another's doing, or the company's."""
-        self.alone.add(event.cell_id)
-        self.todo.append(event.cell_id)
+        self.todo.put_back(event.cell_id, alone=True)
         self.progress.message(f"{self._name(event.cell_id)}: {event.message or event.end}; {how}")
 
     def _finish(self, this: str, state: CellState) -> None:
@@ -347,7 +350,7 @@ class _Run:
             if state.complete:
                 self._finish(this, state)
             else:
-                self.todo.append(this)
+                self.todo.put_back(this)
 
     def _counts(self) -> dict[str, int]:
         waiting = {*self.todo} | self.launcher.waiting()

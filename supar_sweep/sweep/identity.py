@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -32,19 +33,20 @@ DATA_LOCATIONS = ("paths", "train_path", "val_path", "dataset")
 """Where the data lies. What it holds is in the fingerprint, so moving a corpus changes no id."""
 
 
-def cell_id(cell: CellConfig, fingerprint: str) -> str:
+def cell_id(cell: CellConfig, fingerprint: str, of_field: Callable[[Any], Any] | None = None) -> str:
     """Return the cell's id: 16 hex digits, the same everywhere and for every order of settings.
 
     Args:
         cell: the cell.
         fingerprint: of the corpus's contents.
+        of_field: as for `canonical`.
     """
-    identity = {"rules": RULES_VERSION, "data": fingerprint, "cell": canonical(cell)}
+    identity = {"rules": RULES_VERSION, "data": fingerprint, "cell": canonical(cell, of_field)}
     text = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:ID_CHARS]
 
 
-def canonical(cell: CellConfig) -> dict[str, Any]:
+def canonical(cell: CellConfig, of_field: Callable[[Any], Any] | None = None) -> dict[str, Any]:
     """Return the cell as plain values with one spelling for everything that trains the same way.
 
     - fields added later are left out at their default (fields.later);
@@ -59,8 +61,13 @@ def canonical(cell: CellConfig) -> dict[str, Any]:
 
     Args:
         cell: the cell.
+        of_field: `decode.Once(plain_value)`, where many cells share their sections.
     """
-    plain: dict[str, Any] = _plain(cell)
+    of_field = of_field or plain_value
+    # sections are copied, as below something is taken out of them
+    plain: dict[str, Any] = {
+        name: dict(value) if isinstance(value := of_field(item), dict) else value for name, item in _items(cell)
+    }
     for name in DATA_LOCATIONS:
         plain["data"].pop(name, None)
     if cell.train.target is not None:
@@ -121,22 +128,26 @@ def _trained_as(cell: CellConfig) -> str:
     return "mup" if dense_mup else cell.parameterization
 
 
-def _plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
+    """Return what a field of a cell holds as plain values, of which each has one spelling; see `canonical`."""
     if is_dataclass(value):
-        plain = {}
-        for name, later in _fields(value.__class__):
-            item = getattr(value, name)
-            if not (later and item == later[0]):
-                plain[name] = _plain(item)
-        return plain
+        return {name: plain_value(item) for name, item in _items(value)}
     if isinstance(value, float):
         rounded = float(f"{value:.{SIGNIFICANT_DIGITS}g}")
         return int(rounded) if rounded.is_integer() else rounded
     if isinstance(value, (tuple, list)):
-        return [_plain(item) for item in value]
+        return [plain_value(item) for item in value]
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain_value(item) for key, item in value.items()}
     return value
+
+
+def _items(config: Any) -> Iterator[tuple[str, Any]]:
+    """Yield each field's name and value, but for later ones at their default."""
+    for name, later in _fields(config.__class__):
+        item = getattr(config, name)
+        if not (later and item == later[0]):
+            yield name, item
 
 
 @lru_cache(maxsize=64)

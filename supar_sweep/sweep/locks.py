@@ -49,6 +49,8 @@ def hold(path: Path, what: str) -> IO[str]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+", encoding="utf-8")
+    except IsADirectoryError as error:
+        raise _no_file(path) from error
     except OSError as error:
         raise RecordError(f"cannot write {path}: {error.strerror}") from error
     try:
@@ -90,9 +92,15 @@ def is_held(path: Path) -> bool:
         return False
     except BlockingIOError:
         return True
+    except IsADirectoryError as error:
+        raise _no_file(path) from error
     except OSError as error:
         raise RecordError(f"cannot read {path}: {error.strerror}") from error
     return False
+
+
+def _no_file(path: Path) -> RecordError:
+    return RecordError(f"{path} is a folder, where a file must be: remove it, and `run` goes on")
 
 
 def holder(path: Path) -> Holder | None:

@@ -220,12 +220,14 @@ class CellFolder:
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the whole lines from the top: a killed writer leaves half a line, a power cut a tail of
-    zeros.
+    zeros. A line that is no step's ends the file, too.
     """
     try:
         file = path.open("rb")
     except FileNotFoundError:
         return
+    except IsADirectoryError as error:
+        raise RecordError(f"{path} is a folder, where a file must be: remove it, and `run` goes on") from error
     except OSError as error:
         raise RecordError(f"cannot read {path}: {error.strerror}") from error
     with file:
@@ -235,6 +237,8 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 values = json.loads(line)
             except ValueError:
+                return
+            if not isinstance(values, dict) or not isinstance(values.get("step"), int | float):
                 return
             yield values
 
@@ -255,6 +259,7 @@ class Attempt:
     def __init__(self, cell: CellFolder, cell_plain: Mapping[str, Any], info: Mapping[str, Any]) -> None:
         self.cell = cell
         self._metrics: IO[str] | None = None
+        self.n_lines = 0
         self._lock = locks.hold(cell.path / "lock", f"cell {cell.path.name}")
         try:
             self._begin_attempt(cell_plain, info)
@@ -288,6 +293,14 @@ class Attempt:
         """Folder of the cell's checkpoints, shared by its attempts."""
         return self.cell.checkpoints
 
+    def has_past(self, n_lines: int) -> bool:
+        """Return whether the metrics of an earlier attempt still hold what a checkpoint builds on.
+
+        Args:
+            n_lines: that stood in them when the checkpoint was written.
+        """
+        return any(sum(1 for _ in _read_lines(path / "metrics.jsonl")) >= n_lines for path in self.cell.attempts())
+
     def _past(self, step: int) -> list[dict[str, Any]]:
         """Return the metrics up to `step` of the attempt that has most of them, the newest of equals.
 
@@ -315,6 +328,7 @@ class Attempt:
         self.info = {**self.info, "resumed_from_step": step, **info}
         write_json(self.path / "attempt.json", self.info)
         past = self._past(step)
+        self.n_lines = len(past)
         temporary = self.path / ".metrics.tmp"
         try:
             with temporary.open("w", encoding="utf-8") as file:
@@ -334,6 +348,7 @@ class Attempt:
             self._metrics.write(json.dumps(clean, sort_keys=True, allow_nan=False) + "\n")
         except OSError as error:
             raise cannot_write(self.path, error) from error
+        self.n_lines += 1
 
     def flush(self) -> None:
         """Make the metrics durable: called before each checkpoint, so that a checkpoint never knows

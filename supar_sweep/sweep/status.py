@@ -1,8 +1,8 @@
 """What the records say of each cell, read from the runs' own files. No torch.
 
 States: done, diverged (complete); running (a live process holds the cell); oom, timeout, failed,
-cancelled (how its last attempt ended); stale (its process died without a word); corrupt (a torn
-record: `run` moves it aside and trains again); pending (a live `run` will come to it, or it is in a
+cancelled (how its last attempt ended); stale (its process died without a word); corrupt (a record
+that cannot be read: `run` moves a torn result aside, and trains again); pending (a live `run` will come to it, or it is in a
 cluster's queue); held (so, and somebody holds it there); missing (never begun).
 """
 
@@ -22,6 +22,9 @@ STATES = (
     *("failed", "oom", "timeout", "cancelled", "stale", "corrupt"),
 )
 """Every state, in the order of a table's columns: data, under way, to be tried again."""
+
+MOST_ROWS = 200
+"""A table of `status` for people has no more rows: about what a terminal can be scrolled through."""
 
 _ENDS = frozenset(get_args(End))
 
@@ -84,8 +87,8 @@ def _complete(result: Mapping[str, Any]) -> CellState:
     return CellState(result["end"], attempts=int(result.get("attempt", 1)), spent=spent(result))
 
 
-def set_aside_torn(folder: CellFolder, state: CellState) -> None:
-    """Move a torn result out of the way of a new one; nothing where there is none.
+def set_aside_torn(folder: CellFolder, state: CellState) -> bool:
+    """Move a torn result out of the way of a new one; return whether there was one.
 
     Args:
         folder: the cell's folder.
@@ -94,8 +97,10 @@ def set_aside_torn(folder: CellFolder, state: CellState) -> None:
     Raises:
         RecordError: that is impossible.
     """
-    if state.state == "corrupt" and (folder.path / "result.json").exists():
+    torn = state.state == "corrupt" and (folder.path / "result.json").exists()
+    if torn:
         folder.set_aside_result()
+    return torn
 
 
 def states(experiment: Experiment, plan: Plan, known: Mapping[str, CellState] | None = None) -> dict[str, CellState]:
@@ -145,6 +150,38 @@ def status_counts(plan: Plan, found: Mapping[str, CellState], by: Sequence[str] 
         _count(dict(zip(by, values, strict=True)), (found[this].state for this in cells))
         for values, cells in groups.items()
     ]
+
+
+def folded_counts(plan: Plan, found: Mapping[str, CellState], by: Sequence[str]) -> list[dict[str, Any]]:
+    """Return `status_counts` in at most MOST_ROWS rows: where there are more, the axes with the most values are told in words.
+
+    Args:
+        plan, found, by: as for `status_counts`.
+    """
+    kept, folded = list(by), list[str]()
+    groups = status_counts(plan, found, kept)
+    while len(groups) > MOST_ROWS and kept:
+        longest = max(kept, key=lambda key: len({point.get(key) for point in plan.points}))
+        kept.remove(longest)
+        folded.append(longest)
+        groups = status_counts(plan, found, kept)
+    if not folded:
+        return groups
+    values: dict[tuple[Any, ...], dict[str, set[Any]]] = {}
+    for point in plan.points:
+        of_group = values.setdefault(tuple(point.get(key) for key in kept), {axis: set() for axis in folded})
+        for axis in folded:
+            of_group[axis].add(point.get(axis))
+    return [
+        {**{axis: _in_words(those) for axis, those in values[tuple(group.get(key) for key in kept)].items()}, **group}
+        for group in groups
+    ]
+
+
+def _in_words(values: set[Any]) -> str:
+    if len(values) > 1 and all(isinstance(value, int | float) for value in values):
+        return f"{len(values)} values, {min(values):g} to {max(values):g}"
+    return f"{len(values)} values" if len(values) > 1 else str(*values)
 
 
 def _count(group: dict[str, Any], members: Iterable[str]) -> dict[str, Any]:

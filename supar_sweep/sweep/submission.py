@@ -21,14 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from supar_sweep.config.decode import encode
+from supar_sweep.config.decode import Once, encode
 from supar_sweep.config.fields import check_folder_name
 from supar_sweep.config.schema import CellConfig, DataConfig, RuntimeConfig
 from supar_sweep.errors import ConfigError, RecordError, SuparError
 from supar_sweep.sweep import locks
 from supar_sweep.sweep.code import code_version
 from supar_sweep.sweep.files import read_json, write_json
-from supar_sweep.sweep.identity import cell_id, label
+from supar_sweep.sweep.identity import cell_id, label, plain_value
 from supar_sweep.sweep.interrupt import CANCEL
 from supar_sweep.sweep.records import Store
 
@@ -105,18 +105,19 @@ def make_plan(
         provenance: see `provenance`.
     """
     prints: dict[DataConfig, str] = {}
+    encoded, plain = Once(encode), Once(plain_value)
     rows, cells = [], {}
     for point in points:
         cell = point.cell
         if cell.data not in prints:
             prints[cell.data] = fingerprint(cell.data)
-        this = cell_id(cell, prints[cell.data])
+        this = cell_id(cell, prints[cell.data], plain)
         if this not in cells:
             cells[this] = PlannedCell(
                 cell_id=this,
                 label=label(cell),
                 fingerprint=prints[cell.data],
-                cell=encode(cell),
+                cell=encode(cell, encoded),
             )
         rows.append({**facts(cell), **encode(dict(point.axes)), "cell_id": this})
     return Plan(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,12 +77,15 @@ class Checkpoints:
         self._prune()
         return True
 
-    def newest(self) -> dict[str, Any] | None:
+    def newest(self, has_past: Callable[[Mapping[str, Any]], bool] = lambda state: True) -> dict[str, Any] | None:
         """Return the state of the newest whole checkpoint, with its "step", or None where there is
         none.
 
         A torn or altered file is put aside (`.torn`), said in `warnings`, and the one before it is
-        used.
+        used. So is one whose past is lost (`.no-past`).
+
+        Args:
+            has_past: whether the metrics reach a checkpoint's state: what went before it is in them alone.
 
         Raises:
             CheckpointError: a whole checkpoint that belongs to another cell or another version of
@@ -93,9 +96,16 @@ class Checkpoints:
                 content = _read(path)
             except CheckpointError as error:
                 self.warn(f"{error}; using the one before it, or step 0")
-                self._put_aside(path)
+                self._put_aside(path, ".torn")
                 continue
-            return self._checked(path, content)
+            state = self._checked(path, content)
+            if has_past(state):
+                return state
+            self.warn(
+                f"the metrics before step {state['step']} are lost, so {path.name} is not gone on from; "
+                "using the one before it, or step 0"
+            )
+            self._put_aside(path, ".no-past")
         return None
 
     def at(self, step: int) -> dict[str, Any]:
@@ -165,9 +175,9 @@ class Checkpoints:
         for path in self.folder.glob(".step-*.tmp"):  # of writers that were killed: the lock is ours
             self._discard(path)
 
-    def _put_aside(self, path: Path) -> None:
+    def _put_aside(self, path: Path, suffix: str) -> None:
         try:
-            path.replace(path.with_suffix(".torn"))
+            path.replace(path.with_suffix(suffix))
         except OSError:
             return  # a read-only folder: the next save says so
 

@@ -215,7 +215,13 @@ class _Try:
         self.runtime = decode(RuntimeConfig, self.job["runtime"], prefix="runtime")
         check_ranks(self.cell, world_size)
         self.corpus = corpus_of(self.cell.data, self.job["fingerprint"])
-        self.resume = self.checkpoints.newest()
+        self.resume = self.checkpoints.newest(self._has_past)
+
+    def _has_past(self, state: Mapping[str, Any]) -> bool:
+        """Return whether the metrics hold all that was logged before a checkpoint."""
+        # one of before they were counted: the GPT's own loop logs a line a step, another function what it likes
+        at_least = 0 if self.cell.train.target else int(state["step"])
+        return self.attempt.has_past(int(state.get("metrics_lines", at_least)))
 
     def begin(self, together: int, ranks: Ranks) -> Run:
         """Return the cell's run; see `train.Run`."""
@@ -349,7 +355,7 @@ class AttemptSink:
     def save(self, step: int, state: Mapping[str, Any]) -> None:
         """Make the metrics durable, then write a checkpoint."""
         self.attempt.flush()
-        self.checkpoints.save(step, state)
+        self.checkpoints.save(step, {**state, "metrics_lines": self.attempt.n_lines})
 
     def warn(self, message: str) -> None:
         """Note something that went wrong without ending the run."""
