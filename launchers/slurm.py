@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -30,11 +30,13 @@ from supar_sweep.training.worker import RUN_CELLS
 from .slurm_arrays import Batch, Size, batches, parts
 from .slurm_config import SlurmConfig
 from .slurm_follow import Queued, in_queue
-from .slurm_queue import Refused, Slurm
-from .slurm_script import submission_script
+from .slurm_queue import Slurm
+from .slurm_script import check_folder, submission_script
+from .slurm_submission import Refused, Submission
 from .state import Report, Verdict, judge, live_state, words_of_its_own
 
 TICK_S = 0.2
+SBATCH_TICK_S = 0.05
 RELEASES = 3
 """SLURM holds an element for good that a node could not start: it is let go again so often."""
 
@@ -74,12 +76,14 @@ class SlurmLauncher:
             config.check_options(self._slurm.options())
         self._max_array_size = self._slurm.max_array_size()
         self._config, self._threads, self._function, self._size = config, threads, function, size
+        check_folder(folder)
         self._folder = folder.absolute()
         self._code = freeze_code(self._folder.parent / "code")
         self.slots = config.max_elements * config.processes
         self.processes = config.array_parallelism * config.processes
         self._gathered: list[Group] = []
         self._batches: list[Batch] = []
+        self._asked: Submission | None = None
         self._elements: dict[str, _Element] = {}
         self._left_over: dict[str, Queued] = {}
         self._events: list[Event] = []
@@ -101,15 +105,14 @@ class SlurmLauncher:
         """
         deadline_s = time.monotonic() + timeout_s
         while True:
-            if (self._gathered or self._batches) and time.monotonic() >= self._submit_at_s:
-                self._submit_gathered()
+            self._submit_gathered()
             if self._elements and time.monotonic() >= self._look_at_s:
                 self._look()
             now_s = time.monotonic()
             if self._events or now_s >= deadline_s or not (self._gathered or self._batches or self._elements):
                 found, self._events = self._events, []
                 return found
-            time.sleep(min(TICK_S, deadline_s - now_s))
+            time.sleep(min(SBATCH_TICK_S if self._asked else TICK_S, deadline_s - now_s))
 
     def waiting(self) -> set[str]:
         """Return the cells that had not begun at the last look."""
@@ -154,6 +157,7 @@ class SlurmLauncher:
 
     def close(self) -> None:
         """Let go. What is in the queue stays there, for the next launcher on this folder to follow."""
+        self._give_up_asking()
 
     def __enter__(self) -> Self:
         return self
@@ -169,6 +173,9 @@ class SlurmLauncher:
     def flush(self) -> set[str]:
         """Submit what was gathered, and return the cells that the queue does not take now."""
         self._submit_gathered()
+        while self._asked:
+            time.sleep(SBATCH_TICK_S)
+            self._submit_gathered()
         # whoever does not stay wants sbatch's word alone: an element may have begun, and failed, by now
         self._look_at_s = time.monotonic() + self._config.poll_s
         return {job["cell_id"] for batch in self._batches for job in batch.jobs}
@@ -176,6 +183,7 @@ class SlurmLauncher:
     def _kept_back(self) -> list[Job]:
         """Drop what is not in the queue yet, and return it."""
         kept_back = self._not_submitted()
+        self._give_up_asking()
         for batch in self._batches:
             if batch.array is not None:  # sbatch did not answer: it may be there all the same
                 self._slurm.cancel_name(batch.array.job_name)
@@ -189,70 +197,102 @@ class SlurmLauncher:
     # -- submission --------------------------------------------------------------------------------
 
     def _submit_gathered(self) -> None:
-        """Submit what was gathered as arrays: as large as SLURM takes them, smaller ones where the queue is nearly full, later
-        where it is full or its controller away.
+        """Take the submission of what was gathered as far as it goes without waiting: in arrays as large as SLURM takes them,
+        in smaller ones where the queue is nearly full, later where it is full or its controller away.
         """
-        if self._gathered:
-            self._batches += batches(
-                self._gathered,
-                self._config,
-                size=self._size,
-                threads=self._threads,
-                max_array_size=self._max_array_size,
-            )
-            self._gathered.clear()
-        # an answer of sbatch's that was lost may have been a yes
-        known = self._slurm.arrays() if any(batch.array for batch in self._batches) else {}
-        while self._batches and known is not None:
-            batch = self._batches.pop(0)
+        while self._asked or time.monotonic() >= self._submit_at_s:
+            if self._gathered:
+                self._batches += batches(
+                    self._gathered,
+                    self._config,
+                    size=self._size,
+                    threads=self._threads,
+                    max_array_size=self._max_array_size,
+                )
+                self._gathered.clear()
+            if not self._batches:
+                return
             try:
-                self._submit_batch(batch, known)
+                job_id = self._job_of(self._batches[0])
             except Refused as refused:
-                self._not_now(batch, refused)
-                if not refused.full and not refused.unsure:
-                    continue
-                if not (refused.full and len(batch.elements) > 1):
-                    break
-        if self._batches:
-            self._submit_at_s = time.monotonic() + self._config.poll_s
+                self._not_now(self._batches.pop(0), refused)
+                continue
+            if job_id is None:
+                return
+            self._note_submitted(self._batches.pop(0), job_id)
 
-    def _submit_batch(self, batch: Batch, known: Mapping[str, str]) -> None:
-        array = batch.array or ArrayFolder.new(self._folder, batch.elements)
-        batch.array = array
-        job_id = known.get(array.job_name)
-        if job_id is None:
-            script = array.path / "submission.sh"
+    def _job_of(self, batch: Batch) -> str | None:
+        """Return the id of the array that SLURM made of a batch; None = sbatch has not answered yet.
+
+        Raises:
+            Refused: it made none, or nobody knows.
+        """
+        if self._asked is None:
+            if batch.array is not None and (job_id := self._in_queue(batch.array)):  # a lost answer was a yes
+                return job_id
+            batch.array = batch.array or ArrayFolder.new(self._folder, batch.elements)
             text = submission_script(
                 batch.config,
-                array,
+                batch.array,
                 n=len(batch.elements),
                 at_once=batch.at_once,
                 threads=self._threads or batch.config.threads,
                 function=self._function,
                 code=self._code,
             )
-            write_file(script, text)
-            job_id = self._slurm.sbatch(script)
-        array.note_submitted(job_id)
+            self._asked = self._slurm.sbatch(write_file(batch.array.path / "submission.sh", text))
+        try:
+            job_id = self._asked.answer()
+        except Refused as refused:
+            self._asked = None
+            # ended between two tries of its own, the second of which may just have been taken
+            if refused.full and batch.array is not None and (job_id := self._in_queue(batch.array)):
+                return job_id
+            raise
+        if job_id is not None:
+            self._asked = None
+        return job_id
+
+    def _in_queue(self, array: ArrayFolder) -> str | None:
+        """Return the id of an array that may have been submitted; None = it was not.
+
+        Raises:
+            Refused: the queue does not say.
+        """
+        known = self._slurm.arrays()
+        if known is None:
+            raise Refused("squeue did not answer")
+        return known.get(array.job_name)
+
+    def _note_submitted(self, batch: Batch, job_id: str) -> None:
+        assert batch.array is not None
+        batch.array.note_submitted(job_id)
         for index, groups in enumerate(batch.elements):
             folders = {job["cell_id"]: folder_of(job) for job in chain.from_iterable(groups)}
-            self._elements[f"{job_id}_{index}"] = _Element(array, folders)
+            self._elements[f"{job_id}_{index}"] = _Element(batch.array, folders)
 
     def _not_now(self, batch: Batch, refused: Refused) -> None:
         """Take back what sbatch refused: for later, in two halves where the queue is full, for good otherwise."""
         if refused.unsure:
             self._batches.insert(0, batch)
+            self._submit_at_s = time.monotonic() + self._config.poll_s
             return
         if batch.array is not None:
             shutil.rmtree(batch.array.path, ignore_errors=True)
-        halves = [
-            replace(batch, elements=some, array=None) for some in parts(batch.elements, -(-len(batch.elements) // 2))
-        ]
-        if refused.full:
-            self._batches[:0] = halves
-        else:
+        if not refused.full:
             message = f"sbatch refused: {refused}"
             self._events += [Event(job["cell_id"], "failed", message) for job in batch.jobs]
+            return
+        half = -(-len(batch.elements) // 2)
+        self._batches[:0] = [replace(batch, elements=some, array=None) for some in parts(batch.elements, half)]
+        if len(batch.elements) == 1:
+            self._submit_at_s = time.monotonic() + self._config.poll_s
+
+    def _give_up_asking(self) -> None:
+        """End the sbatch that is at work, if any: whether it was answered, the queue tells."""
+        if self._asked is not None:
+            self._asked.end()
+            self._asked = None
 
     # -- arrays of a launcher that is gone ---------------------------------------------------------
 
@@ -339,8 +379,11 @@ class SlurmLauncher:
         """Return the event of a settled verdict, written into the cell's record where its process could not do that."""
         end, died, message = verdict.state, verdict.died, verdict.message
         if own.end is None:
-            last = words_of_its_own(last_words)
-            message += f"; its last words: {last[:LAST_WORDS_CHARS]} (all of them: {array.log(each)})" if last else ""
+            last, log = words_of_its_own(last_words), array.log(each)
+            if last:
+                message += f"; its last words: {last[:LAST_WORDS_CHARS]} (all of them: {log})"
+            elif died and log.exists():
+                message += f"; its log: {log}"
         if end not in ENDS:  # preempted, node-failed, stale, missing, unknown
             message = f"{verdict.state}: {message}"
             end = "cancelled" if verdict.state == "preempted" else "failed"

@@ -11,8 +11,9 @@ import pytest
 
 from launchers.slurm_arrays import Size, batches, parallelism
 from launchers.slurm_config import SlurmConfig, options_in
-from launchers.slurm_queue import Refused, read_accounts
+from launchers.slurm_queue import read_accounts
 from launchers.slurm_script import submission_script
+from launchers.slurm_submission import Refused
 from supar_sweep.cli.compose import register_resolvers
 from supar_sweep.cli.rooms import conf_dir
 from supar_sweep.config.decode import decode
