@@ -7,36 +7,33 @@ died without one is waited for without end where a site has no accounting.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from supar_sweep.errors import RecordError, SuparError
-from supar_sweep.sweep.arrays import ArrayFolder, Group, OwnRecord, is_of, own_record
+from supar_sweep.sweep.arrays import ArrayFolder, OwnRecord, is_of, own_record
 from supar_sweep.sweep.code import freeze_code
-from supar_sweep.sweep.files import write_file
 from supar_sweep.sweep.jobs import Event, Job, folder_of
 from supar_sweep.sweep.records import CellFolder, End
 from supar_sweep.training.epitaph import LAST_WORDS_CHARS
 from supar_sweep.training.slurm_job import SETTLED
 from supar_sweep.training.worker import RUN_CELLS
 
-from .slurm_arrays import Batch, Size, batches, parts
+from .slurm_arrays import Size
 from .slurm_config import SlurmConfig
 from .slurm_follow import Queued, in_queue
+from .slurm_outbox import Outbox
 from .slurm_queue import Slurm
-from .slurm_script import check_folder, submission_script
-from .slurm_submission import Refused, Submission
+from .slurm_script import check_folder
 from .state import Report, Verdict, judge, live_state, words_of_its_own
 
 TICK_S = 0.2
-SBATCH_TICK_S = 0.05
 RELEASES = 3
 """SLURM holds an element for good that a node could not start: it is let go again so often."""
 
@@ -74,22 +71,25 @@ class SlurmLauncher:
         self._slurm = Slurm()
         if config.further_options:
             config.check_options(self._slurm.options())
-        self._max_array_size = self._slurm.max_array_size()
-        self._config, self._threads, self._function, self._size = config, threads, function, size
         check_folder(folder)
-        self._folder = folder.absolute()
-        self._code = freeze_code(self._folder.parent / "code")
+        self._config, self._folder = config, folder.absolute()
+        self._outbox = Outbox(
+            self._slurm,
+            config,
+            threads=threads,
+            folder=self._folder,
+            function=function,
+            size=size,
+            code=freeze_code(self._folder.parent / "code"),
+        )
         self.slots = config.max_elements * config.processes
         self.processes = config.array_parallelism * config.processes
-        self._gathered: list[Group] = []
-        self._batches: list[Batch] = []
-        self._asked: Submission | None = None
         self._elements: dict[str, _Element] = {}
         self._left_over: dict[str, Queued] = {}
         self._events: list[Event] = []
         self._cancelled = False
         self._withdrawn: set[str] = set()
-        self._submit_at_s = self._look_at_s = self._withdraw_at_s = self._left_over_until_s = 0.0
+        self._look_at_s = self._withdraw_at_s = self._left_over_until_s = 0.0
 
     # -- the protocol ------------------------------------------------------------------------------
 
@@ -97,7 +97,7 @@ class SlurmLauncher:
         """Take jobs that one element trains together, and return at once: `events` submits what was gathered."""
         rest = [job for job in jobs if not self._adopted(job)]
         if rest:
-            self._gathered.append(rest)
+            self._outbox.add(rest)
 
     def events(self, timeout_s: float) -> list[Event]:
         """Return the ends since the last call, waiting up to `timeout_s` for the first; [] at once when nothing is under
@@ -105,25 +105,25 @@ class SlurmLauncher:
         """
         deadline_s = time.monotonic() + timeout_s
         while True:
-            self._submit_gathered()
+            self._submit()
             if self._elements and time.monotonic() >= self._look_at_s:
                 self._look()
             now_s = time.monotonic()
-            if self._events or now_s >= deadline_s or not (self._gathered or self._batches or self._elements):
+            if self._events or now_s >= deadline_s or not (self._outbox or self._elements):
                 found, self._events = self._events, []
                 return found
-            time.sleep(min(SBATCH_TICK_S if self._asked else TICK_S, deadline_s - now_s))
+            time.sleep(min(self._outbox.tick_s or TICK_S, deadline_s - now_s))
 
     def waiting(self) -> set[str]:
         """Return the cells that had not begun at the last look."""
         queued = (element.waiting for element in self._elements.values() if not element.begun)
-        return {job["cell_id"] for job in self._not_submitted()}.union(*queued)
+        return {job["cell_id"] for job in self._outbox.jobs()}.union(*queued)
 
     def withdraw(self) -> set[str]:
         """Take back what has not begun, and return its cells. What is not known to be gone is told by a later call: what was just
         about to begin, and the whole queue while the controller is away.
         """
-        back = {job["cell_id"] for job in self._kept_back()} | self._withdrawn
+        back = {job["cell_id"] for job in self._outbox.drop()} | self._withdrawn
         self._withdrawn = set()
         waiting = {each: element for each, element in self._elements.items() if not element.begun}
         if not waiting or time.monotonic() < self._withdraw_at_s:
@@ -144,7 +144,7 @@ class SlurmLauncher:
         """Drop what was not submitted; have SLURM end the rest: asked to save first, or killed `now`."""
         self._cancelled = True
         # what was withdrawn and not told yet: nobody will ask for it now
-        back = [*(job["cell_id"] for job in self._kept_back()), *self._withdrawn]
+        back = [*(job["cell_id"] for job in self._outbox.drop()), *self._withdrawn]
         self._withdrawn = set()
         self._events += [Event(this, "cancelled") for this in back]
         whole = {element.array.key for element in self._elements.values() if not element.adopted}
@@ -157,7 +157,7 @@ class SlurmLauncher:
 
     def close(self) -> None:
         """Let go. What is in the queue stays there, for the next launcher on this folder to follow."""
-        self._give_up_asking()
+        self._outbox.close()
 
     def __enter__(self) -> Self:
         return self
@@ -172,127 +172,23 @@ class SlurmLauncher:
 
     def flush(self) -> set[str]:
         """Submit what was gathered, and return the cells that the queue does not take now."""
-        self._submit_gathered()
-        while self._asked:
-            time.sleep(SBATCH_TICK_S)
-            self._submit_gathered()
+        self._submit()
+        while (tick_s := self._outbox.tick_s) is not None:
+            time.sleep(tick_s)
+            self._submit()
         # whoever does not stay wants sbatch's word alone: an element may have begun, and failed, by now
         self._look_at_s = time.monotonic() + self._config.poll_s
-        return {job["cell_id"] for batch in self._batches for job in batch.jobs}
+        return {job["cell_id"] for job in self._outbox.jobs()}
 
-    def _kept_back(self) -> list[Job]:
-        """Drop what is not in the queue yet, and return it."""
-        kept_back = self._not_submitted()
-        self._give_up_asking()
-        for batch in self._batches:
-            if batch.array is not None:  # sbatch did not answer: it may be there all the same
-                self._slurm.cancel_name(batch.array.job_name)
-        self._gathered.clear()
-        self._batches.clear()
-        return kept_back
-
-    def _not_submitted(self) -> list[Job]:
-        return [*chain.from_iterable(self._gathered), *(job for batch in self._batches for job in batch.jobs)]
-
-    # -- submission --------------------------------------------------------------------------------
-
-    def _submit_gathered(self) -> None:
-        """Take the submission of what was gathered as far as it goes without waiting: in arrays as large as SLURM takes them,
-        in smaller ones where the queue is nearly full, later where it is full or its controller away.
-        """
-        while self._asked or time.monotonic() >= self._submit_at_s:
-            if self._gathered:
-                self._batches += batches(
-                    self._gathered,
-                    self._config,
-                    size=self._size,
-                    threads=self._threads,
-                    max_array_size=self._max_array_size,
-                )
-                self._gathered.clear()
-            if not self._batches:
-                return
-            try:
-                job_id = self._job_of(self._batches[0])
-            except Refused as refused:
-                self._not_now(self._batches.pop(0), refused)
-                continue
-            if job_id is None:
-                return
-            self._note_submitted(self._batches.pop(0), job_id)
-
-    def _job_of(self, batch: Batch) -> str | None:
-        """Return the id of the array that SLURM made of a batch; None = sbatch has not answered yet.
-
-        Raises:
-            Refused: it made none, or nobody knows.
-        """
-        if self._asked is None:
-            if batch.array is not None and (job_id := self._in_queue(batch.array)):  # a lost answer was a yes
-                return job_id
-            batch.array = batch.array or ArrayFolder.new(self._folder, batch.elements)
-            text = submission_script(
-                batch.config,
-                batch.array,
-                n=len(batch.elements),
-                at_once=batch.at_once,
-                threads=self._threads or batch.config.threads,
-                function=self._function,
-                code=self._code,
-            )
-            self._asked = self._slurm.sbatch(write_file(batch.array.path / "submission.sh", text))
-        try:
-            job_id = self._asked.answer()
-        except Refused as refused:
-            self._asked = None
-            # ended between two tries of its own, the second of which may just have been taken
-            if refused.full and batch.array is not None and (job_id := self._in_queue(batch.array)):
-                return job_id
-            raise
-        if job_id is not None:
-            self._asked = None
-        return job_id
-
-    def _in_queue(self, array: ArrayFolder) -> str | None:
-        """Return the id of an array that may have been submitted; None = it was not.
-
-        Raises:
-            Refused: the queue does not say.
-        """
-        known = self._slurm.arrays()
-        if known is None:
-            raise Refused("squeue did not answer")
-        return known.get(array.job_name)
-
-    def _note_submitted(self, batch: Batch, job_id: str) -> None:
-        assert batch.array is not None
-        batch.array.note_submitted(job_id)
-        for index, groups in enumerate(batch.elements):
-            folders = {job["cell_id"]: folder_of(job) for job in chain.from_iterable(groups)}
-            self._elements[f"{job_id}_{index}"] = _Element(batch.array, folders)
-
-    def _not_now(self, batch: Batch, refused: Refused) -> None:
-        """Take back what sbatch refused: for later, in two halves where the queue is full, for good otherwise."""
-        if refused.unsure:
-            self._batches.insert(0, batch)
-            self._submit_at_s = time.monotonic() + self._config.poll_s
-            return
-        if batch.array is not None:
-            shutil.rmtree(batch.array.path, ignore_errors=True)
-        if not refused.full:
-            message = f"sbatch refused: {refused}"
-            self._events += [Event(job["cell_id"], "failed", message) for job in batch.jobs]
-            return
-        half = -(-len(batch.elements) // 2)
-        self._batches[:0] = [replace(batch, elements=some, array=None) for some in parts(batch.elements, half)]
-        if len(batch.elements) == 1:
-            self._submit_at_s = time.monotonic() + self._config.poll_s
-
-    def _give_up_asking(self) -> None:
-        """End the sbatch that is at work, if any: whether it was answered, the queue tells."""
-        if self._asked is not None:
-            self._asked.end()
-            self._asked = None
+    def _submit(self) -> None:
+        """Take the submission a step further."""
+        arrays, refusals = self._outbox.submitted()
+        self._events += refusals
+        for job_id, batch in arrays.items():
+            assert batch.array is not None
+            for index, groups in enumerate(batch.elements):
+                folders = {job["cell_id"]: folder_of(job) for job in chain.from_iterable(groups)}
+                self._elements[f"{job_id}_{index}"] = _Element(batch.array, folders)
 
     # -- arrays of a launcher that is gone ---------------------------------------------------------
 
