@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from supar_sweep.errors import ConfigError, SuparError
@@ -17,6 +17,8 @@ from .slurm_submission import ANSWER_S, Submission, one_line
 from .state import Report
 
 IDS_A_CALL = 1000
+DENIED = "permission denied"
+
 PENDING_RANGE = re.compile(r"(\d+)_\[([\d,-]+)")
 
 
@@ -98,9 +100,14 @@ class Slurm:
             found[element] = Report(state, reason, code, int(restarts) if restarts.isdecimal() else 0)
         return found
 
-    def arrays(self) -> dict[str, str] | None:
-        """Return the job id of each of the user's arrays in the queue by name; None = the controller does not answer."""
-        answer = self._ask("squeue", "-h", "--me", "--Format=ArrayJobID:|,Name:|")
+    def arrays(self, owners: Collection[int] = ()) -> dict[str, str] | None:
+        """Return the job id of each array in the queue by name; None = the controller does not answer.
+
+        Args:
+            owners: user ids whose arrays are asked for; none = this user's.
+        """
+        users = ",".join(str(owner) for owner in sorted(owners)) or str(os.getuid())
+        answer = self._ask("squeue", "-h", f"--user={users}", "--Format=ArrayJobID:|,Name:|")
         if answer.returncode != 0:
             return None
         rows = (line.strip().split("|") for line in answer.stdout.splitlines())
@@ -121,13 +128,18 @@ class Slurm:
             return {}
         return read_accounts(answer.stdout)
 
-    def cancel(self, ids: Sequence[str], *, now: bool) -> None:
-        """End arrays or elements: asked first, and killed after the cluster's KillWait; `now`: killed."""
+    def cancel(self, ids: Sequence[str], *, now: bool) -> list[str]:
+        """End arrays or elements: asked first, and killed after the cluster's KillWait; `now`: killed. Return a line for each
+        that belongs to somebody else, and goes on.
+        """
+        denied = []
         for start in range(0, len(ids), IDS_A_CALL):
             some = ids[start : start + IDS_A_CALL]
             if now:
                 self._ask("scancel", "--full", "--signal=KILL", *some)
-            self._ask("scancel", *some)
+            answer = self._ask("scancel", *some)
+            denied += [one_line(line) for line in answer.stderr.splitlines() if DENIED in line]
+        return denied
 
     def release(self, element: str) -> None:
         """Let an element go that SLURM holds."""

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 ANSWERS = {
     "sbatch": "echo 7",
-    "squeue": 'case "$*" in *--me*) f=mine ;; *) f=queue ;; esac; [ ! -f {folder}/$f ] || /bin/cat {folder}/$f',
+    "squeue": 'case "$*" in *ArrayJobID*) f=mine ;; *) f=queue ;; esac; [ ! -f {folder}/$f ] || /bin/cat {folder}/$f',
     "scancel": 'echo "$@" >>{folder}/cancelled',
     "scontrol": "echo 'MaxArraySize = 1001'",
     "srun": "exit 0",
