@@ -32,7 +32,7 @@ def slurm() -> Iterator[Cluster]:
 
 
 def test_an_array_larger_than_the_controller_takes_is_submitted_in_parts(slurm: Cluster, runs_dir: Path) -> None:
-    plan = seeds(*range(N_CELLS), steps=3)
+    plan = seeds(*range(N_CELLS), steps=6)
     first = handed_over(runs_dir, plan)
     assert MAX_JOB_COUNT / 2 <= first.submitted <= MAX_JOB_COUNT
     assert (first.held, first.refused) == (N_CELLS - first.submitted, {})
@@ -49,7 +49,7 @@ def test_the_shells_options_change_nothing(slurm: Cluster, runs_dir: Path, monke
         **{"SBATCH_WAIT": "1", "SBATCH_JOB_NAME": "other", "SQUEUE_PARTITION": "urgent", "SQUEUE_USERS": "nobody"},
         **{"SQUEUE_NAMES": "other", "SQUEUE_STATES": "CG", "SCANCEL_NAME": "other", "SLURM_CLUSTERS": "other"},
     }
-    jobs = [job_of(runs_dir / "p%j%a", seed, steps=10) for seed in range(2)]
+    jobs = [job_of(runs_dir / "p%j%a", seed, steps=30) for seed in range(2)]
     with monkeypatch.context() as shell:
         for name, value in options.items():
             shell.setenv(name, value)
