@@ -8,7 +8,7 @@ died without one is waited for without end where a site has no accounting.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
@@ -25,7 +25,7 @@ from supar_sweep.training.epitaph import LAST_WORDS_CHARS
 from supar_sweep.training.slurm_job import SETTLED
 from supar_sweep.training.worker import RUN_CELLS
 
-from .slurm_arrays import Size
+from .slurm_arrays import Batch, Size
 from .slurm_config import SlurmConfig
 from .slurm_follow import Queued, in_queue
 from .slurm_outbox import Outbox
@@ -105,7 +105,7 @@ class SlurmLauncher:
         """
         deadline_s = time.monotonic() + timeout_s
         while True:
-            self._submit()
+            self._follow(*self._outbox.submitted())
             if self._elements and time.monotonic() >= self._look_at_s:
                 self._look()
             now_s = time.monotonic()
@@ -123,6 +123,7 @@ class SlurmLauncher:
         """Take back what has not begun, and return its cells. What is not known to be gone is told by a later call: what was just
         about to begin, and the whole queue while the controller is away.
         """
+        self._follow(*self._outbox.settled())
         back = {job["cell_id"] for job in self._outbox.drop()} | self._withdrawn
         self._withdrawn = set()
         waiting = {each: element for each, element in self._elements.items() if not element.begun}
@@ -143,6 +144,7 @@ class SlurmLauncher:
     def cancel(self, *, now: bool = False) -> None:
         """Drop what was not submitted; have SLURM end the rest: asked to save first, or killed `now`."""
         self._cancelled = True
+        self._follow(*self._outbox.settled())
         # what was withdrawn and not told yet: nobody will ask for it now
         back = [*(job["cell_id"] for job in self._outbox.drop()), *self._withdrawn]
         self._withdrawn = set()
@@ -157,7 +159,7 @@ class SlurmLauncher:
 
     def close(self) -> None:
         """Let go. What is in the queue stays there, for the next launcher on this folder to follow."""
-        self._outbox.close()
+        self._outbox.settled()
 
     def __enter__(self) -> Self:
         return self
@@ -172,17 +174,16 @@ class SlurmLauncher:
 
     def flush(self) -> set[str]:
         """Submit what was gathered, and return the cells that the queue does not take now."""
-        self._submit()
+        self._follow(*self._outbox.submitted())
         while (tick_s := self._outbox.tick_s) is not None:
             time.sleep(tick_s)
-            self._submit()
+            self._follow(*self._outbox.submitted())
         # whoever does not stay wants sbatch's word alone: an element may have begun, and failed, by now
         self._look_at_s = time.monotonic() + self._config.poll_s
         return {job["cell_id"] for job in self._outbox.jobs()}
 
-    def _submit(self) -> None:
-        """Take the submission a step further."""
-        arrays, refusals = self._outbox.submitted()
+    def _follow(self, arrays: Mapping[str, Batch], refusals: Sequence[Event]) -> None:
+        """Note what became of a submission."""
         self._events += refusals
         for job_id, batch in arrays.items():
             assert batch.array is not None

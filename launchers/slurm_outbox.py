@@ -20,8 +20,8 @@ from .slurm_script import submission_script
 from .slurm_submission import Refused, Submission
 
 SBATCH_TICK_S = 0.05
-CLOSE_S = 10.0
-"""An sbatch at work is given so long for its answer when nobody stays to read it."""
+SETTLE_S = 5.0
+"""An sbatch at work is given so long for its answer where no more is to be submitted."""
 
 
 class Outbox:
@@ -94,24 +94,26 @@ class Outbox:
                     max_array_size=self._max_array_size,
                 )
                 self._gathered.clear()
-            if not self._batches:
+            if not self._batches or not self._answered(arrays, refusals):
                 break
-            try:
-                job_id = self._job_of(self._batches[0])
-            except Refused as refused:
-                refusals += self._refused(self._batches.pop(0), refused)
-                continue
-            if job_id is None:
-                break
-            arrays[job_id] = self._noted(self._batches.pop(0), job_id)
+        return arrays, refusals
+
+    def settled(self) -> tuple[dict[str, Batch], list[Event]]:
+        """Wait for the sbatch at work, but not for long, and submit no more. Return as `submitted` does."""
+        arrays: dict[str, Batch] = {}
+        refusals: list[Event] = []
+        deadline_s = time.monotonic() + SETTLE_S
+        while self._sbatch is not None and not self._answered(arrays, refusals):
+            if time.monotonic() >= deadline_s:
+                self._sbatch.end()
+                self._sbatch = None
+            else:
+                time.sleep(SBATCH_TICK_S)
         return arrays, refusals
 
     def drop(self) -> list[Job]:
-        """Forget what is not in the queue yet, and return it."""
+        """Forget what is not in the queue yet, and return it: after `settled`."""
         dropped = self.jobs()
-        if self._sbatch is not None:
-            self._sbatch.end()
-            self._sbatch = None
         for batch in self._batches:
             if batch.array is not None:  # sbatch did not answer: it may be there all the same
                 self._slurm.cancel_name(batch.array.job_name)
@@ -119,22 +121,19 @@ class Outbox:
         self._batches.clear()
         return dropped
 
-    def close(self) -> None:
-        """Note the answer of the sbatch at work; end it where that takes long: the queue tells the next launcher of the array."""
-        deadline_s = time.monotonic() + CLOSE_S
-        while self._sbatch is not None:
-            try:
-                job_id = self._job_of(self._batches[0])
-            except Refused as refused:
-                self._refused(self._batches.pop(0), refused)
-                break
-            if job_id is not None:
-                self._noted(self._batches.pop(0), job_id)
-            elif time.monotonic() >= deadline_s:
-                self._sbatch.end()
-                break
-            else:
-                time.sleep(SBATCH_TICK_S)
+    def _answered(self, arrays: dict[str, Batch], refusals: list[Event]) -> bool:
+        """Add what became of the first batch to one of both, and return whether anything is known of it yet."""
+        try:
+            job_id = self._job_of(self._batches[0])
+        except Refused as refused:
+            refusals += self._refused(self._batches.pop(0), refused)
+            return True
+        if job_id is None:
+            return False
+        batch = arrays[job_id] = self._batches.pop(0)
+        assert batch.array is not None
+        batch.array.note_submitted(job_id)
+        return True
 
     def _job_of(self, batch: Batch) -> str | None:
         """Return the id of the array that SLURM made of a batch; None = sbatch has not answered yet.
@@ -178,11 +177,6 @@ class Outbox:
         if known is None:
             raise Refused("squeue did not answer")
         return known.get(array.job_name)
-
-    def _noted(self, batch: Batch, job_id: str) -> Batch:
-        assert batch.array is not None
-        batch.array.note_submitted(job_id)
-        return batch
 
     def _refused(self, batch: Batch, refused: Refused) -> Sequence[Event]:
         """Take back what sbatch refused, in halves where the queue is full; return the ends of cells that it refused for good."""
