@@ -13,7 +13,9 @@ from typing import Any, NamedTuple, TypeVar
 import pytest
 
 from launchers.slurm import SlurmLauncher
+from launchers.slurm_follow import cancel
 from launchers.slurm_submission import ANSWER_S
+from supar_sweep.errors import SuparError
 from supar_sweep.sweep.arrays import ArrayFolder
 from supar_sweep.sweep.jobs import folder_of
 from supar_sweep.sweep.records import Attempt
@@ -108,6 +110,37 @@ def test_a_cell_that_fails_at_once_was_not_refused(slurm: Paper, runs_dir: Path)
     assert (event.end, event.message) == ("failed", "no luck")
 
 
+# -- another user's elements, in a runs folder that both use -----------------------------------------
+
+
+@pytest.mark.root
+def test_the_queue_is_asked_for_the_arrays_of_all_who_submitted_some(slurm: Paper, runs_dir: Path) -> None:
+    slurm.submitted(job_of(runs_dir, 0))
+    (array,) = (runs_dir / "slurm").iterdir()
+    other = 54321
+    os.chown(array, other, -1)
+    slurm.answers(
+        "squeue",
+        f'case "$*" in *--user={os.getuid()},{other}*) echo "7|supar-{array.name}|" ;; *) echo "7_0|PENDING|None|0|0|" ;; esac',
+    )
+    assert list(slurm.launcher.known().values()) == ["pending"]
+
+
+def test_whoever_may_not_end_an_element_is_told_so(slurm: Paper, runs_dir: Path) -> None:
+    job = job_of(runs_dir, 0)
+    slurm.submitted(job)
+    (array,) = (runs_dir / "slurm").iterdir()
+    (slurm.folder / "mine").write_text(f"7|supar-{array.name}|\n")
+    slurm.says("RUNNING")
+    slurm.answers(
+        "scancel", 'echo "scancel: error: Kill job error on job id 7_0: Access/permission denied" >&2; exit 210'
+    )
+    with pytest.raises(SuparError, match=r"1 of 1 elements are another user's, and go on .*job id 7_0"):
+        cancel(runs_dir / "slurm", {job["cell_id"]})
+    slurm.answers("scancel", 'echo "scancel: error: Invalid job id 7_0" >&2; exit 1')
+    assert cancel(runs_dir / "slurm", {job["cell_id"]}) == 1, "it has ended meanwhile"
+
+
 # -- sbatch ----------------------------------------------------------------------------------------
 
 PARTS = r"""
@@ -188,6 +221,7 @@ def test_ends_are_told_while_an_sbatch_is_at_work(slurm: Paper, runs_dir: Path) 
 SUBMIT = """
 import pathlib, sys
 from launchers.slurm import SlurmLauncher
+from launchers.slurm_follow import cancel
 from tests.test_launchers_slurm import config, job_of
 runs = pathlib.Path(sys.argv[1])
 launcher = SlurmLauncher(config(), threads=1, folder=runs / "slurm")
