@@ -104,4 +104,7 @@ def test_plan_shows_what_came_from_the_environment(
     assert any(line.startswith("ignored: SBATCH_PARTITION, SQUEUE_SORT;") for line in said), (
         "dev_cluster has a partition"
     )
-    assert refused(capsys, "plan", *CELL, *small, "launcher.qos=a\tb").startswith("supar-sweep: launcher.qos: ")
+    monkeypatch.setenv("SBATCH_ACCOUNT", "a\tb")  # checked as what is typed
+    assert refused(capsys, "plan", *CELL, *small).startswith(
+        "supar-sweep: launcher.account: has a line break or another"
+    )
