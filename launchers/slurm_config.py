@@ -63,9 +63,9 @@ class SlurmConfig:
 
     name: str = setting("slurm", choices=("slurm",))
     wait: bool = setting("follow the jobs to their end; false: submit, and return at once")
-    partition: str | None = setting("partition; null = the cluster's default")
-    account: str | None = setting("account; null = yours by default")
-    qos: str | None = setting("quality of service; null = the default")
+    partition: str | None = setting("partition; null = SBATCH_PARTITION, or the cluster's default")
+    account: str | None = setting("account; null = SBATCH_ACCOUNT, or yours by default")
+    qos: str | None = setting("quality of service; null = SBATCH_QOS, or the default")
     constraint: str | None = setting("features that a node must have; null = any node")
     nodes: int = setting("nodes of an element; on several, all train each cell together", ge=1, le=10_000)
     tasks_per_node: int | None = setting(
