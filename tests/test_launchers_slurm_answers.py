@@ -110,6 +110,17 @@ def test_a_cell_that_fails_at_once_was_not_refused(slurm: Paper, runs_dir: Path)
     assert (event.end, event.message) == ("failed", "no luck")
 
 
+def test_an_element_that_printed_nothing_is_told_with_its_log(slurm: Paper, runs_dir: Path) -> None:
+    """As after launcher.setup=[exit 1]: no cell has begun, and only the log could say more."""
+    slurm.submitted(job_of(runs_dir, 0))
+    (path,) = (runs_dir / "slurm").iterdir()
+    log = ArrayFolder(path).log("7_0")
+    log.touch()
+    (slurm.folder / "queue").write_text("7_0|FAILED|NonZeroExitCode|256|0|\n")
+    (event,) = slurm.launcher.events(20)
+    assert event.message == f"worker left with exit code 1; its log: {log}"
+
+
 # -- another user's elements, in a runs folder that both use -----------------------------------------
 
 
