@@ -213,7 +213,10 @@ def test_what_sbatch_submitted_after_its_words_is_found_in_the_queue(slurm: Pape
     assert ArrayFolder(array).job_id() == "8"
 
 
-def test_ends_are_told_while_an_sbatch_is_at_work(slurm: Paper, runs_dir: Path) -> None:
+def test_ends_are_told_while_an_sbatch_is_at_work(
+    slurm: Paper, runs_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launchers.slurm_outbox.SETTLE_S", 0.1)
     first, second = job_of(runs_dir, 0), job_of(runs_dir, 1)
     slurm.submitted(first)
     slurm.answers("sbatch", "echo $$ >{folder}/sleeping; exec /bin/sleep 600")
