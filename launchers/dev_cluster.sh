@@ -14,6 +14,8 @@
 #   cpus=4 mem_mb=4000    of each node; memory is enforced: a job that takes more than it asked for is killed
 #   gpus=2                fake GPUs of each node: they can be asked for and are handed out, and compute nothing
 #   max_array_size=1001   as in slurm.conf: one more than the highest index of an array
+#   max_job_count=20000   as in slurm.conf: jobs that the controller knows at once, array elements and ended jobs counted
+#   min_job_age_s=300     as MinJobAge in slurm.conf: how long it knows a job that has ended
 #   accounting=true       with slurmdbd and a private MariaDB, so that sacct answers; false: as sites without it
 #   max_submit_jobs=0     jobs that a user may have in the queue, array elements counted; 0: any number; needs accounting
 #   grace_s=10            a preempted job's seconds between SIGTERM and SIGKILL
@@ -31,7 +33,7 @@ say() { printf 'dev_cluster.sh: %s\n' "$*" >&2; }
 
 declare -A knob=(
     [folder]="${TMPDIR:-/tmp}/supar-dev-cluster-$(id -un)" [nodes]=2 [cpus]=4 [mem_mb]=4000 [gpus]=2
-    [max_array_size]=1001 [accounting]=true [max_submit_jobs]=0 [grace_s]=10 [port]=17000
+    [max_array_size]=1001 [max_job_count]=20000 [min_job_age_s]=300 [accounting]=true [max_submit_jobs]=0 [grace_s]=10 [port]=17000
 )
 
 command="${1:-}"
@@ -47,11 +49,14 @@ for word in "$@"; do
     [ "$command" = up ] || [ "$name" = folder ] || fail "$command takes folder= alone, not $name="
     knob[$name]="${word#*=}"
 done
-for name in nodes cpus mem_mb gpus max_array_size max_submit_jobs grace_s port; do
+for name in nodes cpus mem_mb gpus max_array_size max_job_count min_job_age_s max_submit_jobs grace_s port; do
     [[ "${knob[$name]}" =~ ^[0-9]+$ ]] || fail "$name=${knob[$name]}: must be a whole number"
 done
 for name in nodes cpus mem_mb; do
     [ "${knob[$name]}" -ge 1 ] || fail "$name=${knob[$name]}: must be at least 1"
+done
+for name in max_job_count min_job_age_s; do
+    [ "${knob[$name]}" -ge 2 ] || fail "$name=${knob[$name]}: must be at least 2"
 done
 [ "${knob[max_array_size]}" -ge 2 ] || fail "max_array_size=${knob[max_array_size]}: must be at least 2"
 case "${knob[accounting]}" in true | false) ;; *) fail "accounting=${knob[accounting]}: must be true or false" ;; esac
@@ -245,11 +250,11 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf
 KillWait=5
 SlurmdTimeout=20
 UnkillableStepTimeout=300
-MinJobAge=300
+MinJobAge=${knob[min_job_age_s]}
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 MaxArraySize=${knob[max_array_size]}
-MaxJobCount=20000
+MaxJobCount=${knob[max_job_count]}
 JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE

@@ -7,31 +7,30 @@ died without one is waited for without end where a site has no accounting.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from supar_sweep.errors import RecordError, SuparError
-from supar_sweep.sweep.arrays import ArrayFolder, Group, OwnRecord, is_of, own_record
+from supar_sweep.sweep.arrays import ArrayFolder, OwnRecord, is_of, own_record
 from supar_sweep.sweep.code import freeze_code
-from supar_sweep.sweep.files import write_file
 from supar_sweep.sweep.jobs import Event, Job, folder_of
 from supar_sweep.sweep.records import CellFolder, End
 from supar_sweep.training.epitaph import LAST_WORDS_CHARS
 from supar_sweep.training.slurm_job import SETTLED
 from supar_sweep.training.worker import RUN_CELLS
 
-from .slurm_arrays import Batch, Size, batches, parts
+from .slurm_arrays import Batch, Size
 from .slurm_config import SlurmConfig
 from .slurm_follow import Queued, in_queue
-from .slurm_queue import Refused, Slurm
-from .slurm_script import submission_script
+from .slurm_outbox import Outbox
+from .slurm_queue import Slurm
+from .slurm_script import check_folder
 from .state import Report, Verdict, judge, live_state, words_of_its_own
 
 TICK_S = 0.2
@@ -72,20 +71,25 @@ class SlurmLauncher:
         self._slurm = Slurm()
         if config.further_options:
             config.check_options(self._slurm.options())
-        self._max_array_size = self._slurm.max_array_size()
-        self._config, self._threads, self._function, self._size = config, threads, function, size
-        self._folder = folder.absolute()
-        self._code = freeze_code(self._folder.parent / "code")
+        check_folder(folder)
+        self._config, self._folder = config, folder.absolute()
+        self._outbox = Outbox(
+            self._slurm,
+            config,
+            threads=threads,
+            folder=self._folder,
+            function=function,
+            size=size,
+            code=freeze_code(self._folder.parent / "code"),
+        )
         self.slots = config.max_elements * config.processes
         self.processes = config.array_parallelism * config.processes
-        self._gathered: list[Group] = []
-        self._batches: list[Batch] = []
         self._elements: dict[str, _Element] = {}
         self._left_over: dict[str, Queued] = {}
         self._events: list[Event] = []
         self._cancelled = False
         self._withdrawn: set[str] = set()
-        self._submit_at_s = self._look_at_s = self._withdraw_at_s = self._left_over_until_s = 0.0
+        self._look_at_s = self._withdraw_at_s = self._left_over_until_s = 0.0
 
     # -- the protocol ------------------------------------------------------------------------------
 
@@ -93,7 +97,7 @@ class SlurmLauncher:
         """Take jobs that one element trains together, and return at once: `events` submits what was gathered."""
         rest = [job for job in jobs if not self._adopted(job)]
         if rest:
-            self._gathered.append(rest)
+            self._outbox.add(rest)
 
     def events(self, timeout_s: float) -> list[Event]:
         """Return the ends since the last call, waiting up to `timeout_s` for the first; [] at once when nothing is under
@@ -101,26 +105,26 @@ class SlurmLauncher:
         """
         deadline_s = time.monotonic() + timeout_s
         while True:
-            if (self._gathered or self._batches) and time.monotonic() >= self._submit_at_s:
-                self._submit_gathered()
+            self._follow(*self._outbox.submitted())
             if self._elements and time.monotonic() >= self._look_at_s:
                 self._look()
             now_s = time.monotonic()
-            if self._events or now_s >= deadline_s or not (self._gathered or self._batches or self._elements):
+            if self._events or now_s >= deadline_s or not (self._outbox or self._elements):
                 found, self._events = self._events, []
                 return found
-            time.sleep(min(TICK_S, deadline_s - now_s))
+            time.sleep(min(self._outbox.tick_s or TICK_S, deadline_s - now_s))
 
     def waiting(self) -> set[str]:
         """Return the cells that had not begun at the last look."""
         queued = (element.waiting for element in self._elements.values() if not element.begun)
-        return {job["cell_id"] for job in self._not_submitted()}.union(*queued)
+        return {job["cell_id"] for job in self._outbox.jobs()}.union(*queued)
 
     def withdraw(self) -> set[str]:
         """Take back what has not begun, and return its cells. What is not known to be gone is told by a later call: what was just
         about to begin, and the whole queue while the controller is away.
         """
-        back = {job["cell_id"] for job in self._kept_back()} | self._withdrawn
+        self._follow(*self._outbox.settled())
+        back = {job["cell_id"] for job in self._outbox.drop()} | self._withdrawn
         self._withdrawn = set()
         waiting = {each: element for each, element in self._elements.items() if not element.begun}
         if not waiting or time.monotonic() < self._withdraw_at_s:
@@ -140,8 +144,9 @@ class SlurmLauncher:
     def cancel(self, *, now: bool = False) -> None:
         """Drop what was not submitted; have SLURM end the rest: asked to save first, or killed `now`."""
         self._cancelled = True
+        self._follow(*self._outbox.settled())
         # what was withdrawn and not told yet: nobody will ask for it now
-        back = [*(job["cell_id"] for job in self._kept_back()), *self._withdrawn]
+        back = [*(job["cell_id"] for job in self._outbox.drop()), *self._withdrawn]
         self._withdrawn = set()
         self._events += [Event(this, "cancelled") for this in back]
         whole = {element.array.key for element in self._elements.values() if not element.adopted}
@@ -154,6 +159,7 @@ class SlurmLauncher:
 
     def close(self) -> None:
         """Let go. What is in the queue stays there, for the next launcher on this folder to follow."""
+        self._outbox.settled()
 
     def __enter__(self) -> Self:
         return self
@@ -168,91 +174,22 @@ class SlurmLauncher:
 
     def flush(self) -> set[str]:
         """Submit what was gathered, and return the cells that the queue does not take now."""
-        self._submit_gathered()
+        self._follow(*self._outbox.submitted())
+        while (tick_s := self._outbox.tick_s) is not None:
+            time.sleep(tick_s)
+            self._follow(*self._outbox.submitted())
         # whoever does not stay wants sbatch's word alone: an element may have begun, and failed, by now
         self._look_at_s = time.monotonic() + self._config.poll_s
-        return {job["cell_id"] for batch in self._batches for job in batch.jobs}
+        return {job["cell_id"] for job in self._outbox.jobs()}
 
-    def _kept_back(self) -> list[Job]:
-        """Drop what is not in the queue yet, and return it."""
-        kept_back = self._not_submitted()
-        for batch in self._batches:
-            if batch.array is not None:  # sbatch did not answer: it may be there all the same
-                self._slurm.cancel_name(batch.array.job_name)
-        self._gathered.clear()
-        self._batches.clear()
-        return kept_back
-
-    def _not_submitted(self) -> list[Job]:
-        return [*chain.from_iterable(self._gathered), *(job for batch in self._batches for job in batch.jobs)]
-
-    # -- submission --------------------------------------------------------------------------------
-
-    def _submit_gathered(self) -> None:
-        """Submit what was gathered as arrays: as large as SLURM takes them, smaller ones where the queue is nearly full, later
-        where it is full or its controller away.
-        """
-        if self._gathered:
-            self._batches += batches(
-                self._gathered,
-                self._config,
-                size=self._size,
-                threads=self._threads,
-                max_array_size=self._max_array_size,
-            )
-            self._gathered.clear()
-        # an answer of sbatch's that was lost may have been a yes
-        known = self._slurm.arrays() if any(batch.array for batch in self._batches) else {}
-        while self._batches and known is not None:
-            batch = self._batches.pop(0)
-            try:
-                self._submit_batch(batch, known)
-            except Refused as refused:
-                self._not_now(batch, refused)
-                if not refused.full and not refused.unsure:
-                    continue
-                if not (refused.full and len(batch.elements) > 1):
-                    break
-        if self._batches:
-            self._submit_at_s = time.monotonic() + self._config.poll_s
-
-    def _submit_batch(self, batch: Batch, known: Mapping[str, str]) -> None:
-        array = batch.array or ArrayFolder.new(self._folder, batch.elements)
-        batch.array = array
-        job_id = known.get(array.job_name)
-        if job_id is None:
-            script = array.path / "submission.sh"
-            text = submission_script(
-                batch.config,
-                array,
-                n=len(batch.elements),
-                at_once=batch.at_once,
-                threads=self._threads or batch.config.threads,
-                function=self._function,
-                code=self._code,
-            )
-            write_file(script, text)
-            job_id = self._slurm.sbatch(script)
-        array.note_submitted(job_id)
-        for index, groups in enumerate(batch.elements):
-            folders = {job["cell_id"]: folder_of(job) for job in chain.from_iterable(groups)}
-            self._elements[f"{job_id}_{index}"] = _Element(array, folders)
-
-    def _not_now(self, batch: Batch, refused: Refused) -> None:
-        """Take back what sbatch refused: for later, in two halves where the queue is full, for good otherwise."""
-        if refused.unsure:
-            self._batches.insert(0, batch)
-            return
-        if batch.array is not None:
-            shutil.rmtree(batch.array.path, ignore_errors=True)
-        halves = [
-            replace(batch, elements=some, array=None) for some in parts(batch.elements, -(-len(batch.elements) // 2))
-        ]
-        if refused.full:
-            self._batches[:0] = halves
-        else:
-            message = f"sbatch refused: {refused}"
-            self._events += [Event(job["cell_id"], "failed", message) for job in batch.jobs]
+    def _follow(self, arrays: Mapping[str, Batch], refusals: Sequence[Event]) -> None:
+        """Note what became of a submission."""
+        self._events += refusals
+        for job_id, batch in arrays.items():
+            assert batch.array is not None
+            for index, groups in enumerate(batch.elements):
+                folders = {job["cell_id"]: folder_of(job) for job in chain.from_iterable(groups)}
+                self._elements[f"{job_id}_{index}"] = _Element(batch.array, folders)
 
     # -- arrays of a launcher that is gone ---------------------------------------------------------
 
@@ -339,8 +276,11 @@ class SlurmLauncher:
         """Return the event of a settled verdict, written into the cell's record where its process could not do that."""
         end, died, message = verdict.state, verdict.died, verdict.message
         if own.end is None:
-            last = words_of_its_own(last_words)
-            message += f"; its last words: {last[:LAST_WORDS_CHARS]} (all of them: {array.log(each)})" if last else ""
+            last, log = words_of_its_own(last_words), array.log(each)
+            if last:
+                message += f"; its last words: {last[:LAST_WORDS_CHARS]} (all of them: {log})"
+            elif died and log.exists():
+                message += f"; its log: {log}"
         if end not in ENDS:  # preempted, node-failed, stale, missing, unknown
             message = f"{verdict.state}: {message}"
             end = "cancelled" if verdict.state == "preempted" else "failed"

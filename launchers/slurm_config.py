@@ -35,6 +35,12 @@ FIXED = (
 """Those that the launcher needs as they are."""
 
 
+MINUTES_A_YEAR = 365 * 24 * 60
+SECONDS_A_DAY = 24 * 60 * 60
+MAX_ELEMENTS = 4_000_000
+"""More than SLURM takes: its MaxArraySize ends there."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
     """Which cells a row of `larger` is for: those that exceed all of its bounds."""
@@ -57,28 +63,33 @@ class SlurmConfig:
 
     name: str = setting("slurm", choices=("slurm",))
     wait: bool = setting("follow the jobs to their end; false: submit, and return at once")
-    partition: str | None = setting("partition; null = the cluster's default")
-    account: str | None = setting("account; null = yours by default")
-    qos: str | None = setting("quality of service; null = the default")
+    partition: str | None = setting("partition; null = SBATCH_PARTITION, or the cluster's default")
+    account: str | None = setting("account; null = SBATCH_ACCOUNT, or yours by default")
+    qos: str | None = setting("quality of service; null = SBATCH_QOS, or the default")
     constraint: str | None = setting("features that a node must have; null = any node")
-    nodes: int = setting("nodes of an element; on several, all train each cell together", ge=1)
+    nodes: int = setting("nodes of an element; on several, all train each cell together", ge=1, le=10_000)
     tasks_per_node: int | None = setting(
-        "processes on each node that train a cell together; null = one a GPU, or one", ge=1
+        "processes on each node that train a cell together; null = one a GPU, or one", ge=1, le=1024
     )
-    gpus_per_node: int | None = setting("GPUs of an element on each node; null = none asked for", ge=1)
+    gpus_per_node: int | None = setting("GPUs of an element on each node; null = none asked for", ge=1, le=128)
     processes_per_gpu: int | None = setting(
         "processes on each GPU of an element, or on its cores, each with cells of its own; null = one for the element, or ranks",
         ge=1,
+        le=1024,
     )
-    gpu_memory_gb: float | None = setting("memory of a GPU: how many small cells fit; null without GPUs", gt=0)
-    cpus: int = setting("cores of each process", ge=1)
-    mem_gb: float | None = setting("memory of an element on each node; null = the partition's default", gt=0)
-    timeout_min: int = setting("time limit; a cell that reaches it is saved and requeued", ge=1)
-    array_parallelism: int = setting("elements that run at once", ge=1)
-    max_elements: int = setting("elements in the queue at once, the running ones counted", ge=1)
-    signal_delay_s: int = setting("how long before the time limit cells are told to save", ge=1)
-    poll_s: float = setting("seconds between two looks at the queue", gt=0)
-    grace_s: float = setting("how long a file of an ended job may take to be seen here", ge=0)
+    gpu_memory_gb: float | None = setting(
+        "memory of a GPU: how many small cells fit; null without GPUs", gt=0, le=10_000
+    )
+    cpus: int = setting("cores of each process", ge=1, le=10_000)
+    mem_gb: float | None = setting(  # sbatch counts in MB, and takes 0 for all that the node has
+        "memory of an element on each node; null = the partition's default", ge=0.001, le=100_000
+    )
+    timeout_min: int = setting("time limit; a cell that reaches it is saved and requeued", ge=1, le=MINUTES_A_YEAR)
+    array_parallelism: int = setting("elements that run at once", ge=1, le=MAX_ELEMENTS)
+    max_elements: int = setting("elements in the queue at once, the running ones counted", ge=1, le=MAX_ELEMENTS)
+    signal_delay_s: int = setting("how long before the time limit cells are told to save", ge=1, le=65_535)
+    poll_s: float = setting("seconds between two looks at the queue", ge=0.1, le=SECONDS_A_DAY)
+    grace_s: float = setting("how long a file of an ended job may take to be seen here", ge=0, le=SECONDS_A_DAY)
     setup: tuple[str, ...] = setting("shell commands of the job, before Python starts")
     sbatch: Mapping[str, Any] = setting("any further option of sbatch, by its own name")
     larger: tuple[Mapping[str, Any], ...] = setting(
@@ -87,7 +98,12 @@ class SlurmConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        for key in ("partition", "account", "qos", "constraint"):
+            _check_one_line(key, getattr(self, key))
+        for index, line in enumerate(self.setup):
+            _check_one_line(f"setup[{index}]", line.replace("\n", " ").replace("\t", " "))
         for name, value in self.sbatch.items():
+            _check_one_line(f"sbatch.{name}", value if isinstance(value, str) else None)
             dashed = name.replace("_", "-")
             if dashed in SET_ELSEWHERE:
                 raise ConfigError(f"sbatch.{name}", f"is set by launcher.{SET_ELSEWHERE[dashed]}", value=value)
@@ -205,6 +221,21 @@ class SlurmConfig:
         for key, name in self.further_options:
             if name.replace("_", "-") not in known:
                 raise ConfigError(key, "no such option of sbatch", allowed=allowed, nearest_to=name)
+
+
+def is_one_line(text: str) -> bool:
+    """Return whether a text has no line break and no other control character.
+
+    >>> is_one_line("gpu-long"), is_one_line("gpu\\nlong")
+    (True, False)
+    """
+    return re.search(r"[\x00-\x1f\x7f\x85\u2028\u2029]", text) is None
+
+
+def _check_one_line(key: str, value: str | None) -> None:
+    if value is not None and not is_one_line(value):
+        problem = "has a line break or another control character in it, which sbatch would read as something else"
+        raise ConfigError(key, problem, value=value, allowed="one line")
 
 
 def options_in(usage: str) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Collection
 from contextlib import suppress
@@ -9,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from supar_sweep.errors import RecordError
+from supar_sweep.errors import RecordError, SuparError
 from supar_sweep.sweep.arrays import NAME_PREFIX, ArrayFolder, own_record
 from supar_sweep.sweep.jobs import folder_of
 from supar_sweep.training.slurm_job import SETTLED
@@ -42,7 +43,7 @@ def in_queue(slurm: Slurm, folder: Path) -> dict[str, Queued] | None:
         slurm: is asked.
         folder: of the arrays' files.
     """
-    names = slurm.arrays()
+    names = slurm.arrays(_owners(folder))
     if names is None:
         return None
     arrays = {
@@ -57,7 +58,8 @@ def in_queue(slurm: Slurm, folder: Path) -> dict[str, Queued] | None:
     for job_id, array in arrays.items():
         with suppress(RecordError):
             if array.job_id() is None:
-                array.note_submitted(job_id)
+                with suppress(RecordError):  # another user's folder
+                    array.note_submitted(job_id)
             for index, groups in enumerate(array.elements()):
                 report = reports.get(f"{job_id}_{index}")
                 if report is None or not report.live:
@@ -70,6 +72,14 @@ def in_queue(slurm: Slurm, folder: Path) -> dict[str, Queued] | None:
                     if report.to_begin or own_record(folder_of(job), array.key).end not in SETTLED
                 }
     return found
+
+
+def _owners(folder: Path) -> set[int]:
+    """Return the ids of the users who submitted arrays of a runs folder, and of this one: several may work on it."""
+    owners = {os.getuid()}
+    with suppress(OSError):
+        owners |= {entry.stat().st_uid for entry in os.scandir(folder)}
+    return owners
 
 
 def states_in_queue(folder: Path) -> dict[str, str]:
@@ -90,10 +100,14 @@ def cancel(folder: Path, cells: Collection[str]) -> int:
     Args:
         folder: of the arrays' files.
         cells: cell_ids.
+
+    Raises:
+        SuparError: some of them are another user's.
     """
     if not folder.is_dir() or shutil.which("squeue") is None:
         return 0
     slurm = Slurm()
     elements = {queued.element for this, queued in (in_queue(slurm, folder) or {}).items() if this in cells}
-    slurm.cancel(sorted(elements), now=False)
+    if denied := slurm.cancel(sorted(elements), now=False):
+        raise SuparError(f"{len(denied)} of {len(elements)} elements are another user's, and go on ({denied[0]})")
     return len(elements)

@@ -6,38 +6,20 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from supar_sweep.errors import ConfigError, SuparError
 
 from .slurm_config import options_in
+from .slurm_environment import commands_environment
+from .slurm_submission import ANSWER_S, Submission, one_line
 from .state import Report
 
 IDS_A_CALL = 1000
-ANSWER_S = 120.0
-"""A controller under load may take so long; one that is being restarted does not answer at all."""
-
-UNSURE = re.compile(r"unable to contact|timed out|connection (refused|reset|timed)|did not answer", re.IGNORECASE)
-"""What it says where the controller was not reached, or its answer was lost: the array may be there all the same."""
-
-FULL = re.compile(r"(Max|Grp)SubmitJobs?|temporarily un(able|available)", re.IGNORECASE)
-"""What sbatch says where the queue takes no more now, and may later."""
+DENIED = "permission denied"
 
 PENDING_RANGE = re.compile(r"(\d+)_\[([\d,-]+)")
-
-
-class Refused(SuparError):
-    """sbatch did not take an array; the text is its own.
-
-    Args:
-        text: what it said.
-    """
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.full = bool(FULL.search(text))
-        self.unsure = bool(UNSURE.search(text))
 
 
 class Slurm:
@@ -55,9 +37,7 @@ class Slurm:
                     "launcher", f"needs SLURM, and {command} is not on PATH", value="slurm", allowed=allowed
                 )
         self._accounting: bool | None = None
-        # Inside a job, SLURM's variables describe that job, and sbatch would take them for ours.
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SLURMD_"))}
-        self._environment = inherited | {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
+        self._environment = commands_environment(os.environ)
 
     def _ask(self, *command: str) -> subprocess.CompletedProcess[str]:
         try:
@@ -81,23 +61,16 @@ class Slurm:
         answer = self._ask("scontrol", "show", "config")
         found = re.search(r"^MaxArraySize\s*=\s*(\d+)", answer.stdout, re.MULTILINE)
         if found is None:
-            raise SuparError(f"scontrol does not tell MaxArraySize: {_line(answer.stderr)}")
+            raise SuparError(f"scontrol does not tell MaxArraySize: {one_line(answer.stderr)}")
         return int(found[1])
 
     def options(self) -> set[str]:
         """Return the long options of this cluster's sbatch."""
         return options_in(self._ask("sbatch", "--help").stdout)
 
-    def sbatch(self, script: Path) -> str:
-        """Return the id of the array that SLURM made of the script.
-
-        Raises:
-            Refused: it made none.
-        """
-        answer = self._ask("sbatch", "--parsable", str(script))
-        if answer.returncode != 0:
-            raise Refused(_line(answer.stderr))
-        return answer.stdout.strip().split(";")[0]
+    def sbatch(self, script: Path) -> Submission:
+        """Return an sbatch that is submitting the script."""
+        return Submission(script, self._environment)
 
     def test_only(self, script: Path) -> str:
         """Return what sbatch says of the script without submitting it: when it would start and where, or why it cannot.
@@ -106,7 +79,7 @@ class Slurm:
             script: a batch script.
         """
         answer = self._ask("sbatch", "--test-only", str(script))
-        return _line(answer.stderr or answer.stdout)
+        return one_line(answer.stderr or answer.stdout)
 
     def queue(self, names: Iterable[str]) -> dict[str, Report] | None:
         """Return what the queue tells of each element, "<job id>_<index>", those that ended lately among them; None = the
@@ -127,9 +100,14 @@ class Slurm:
             found[element] = Report(state, reason, code, int(restarts) if restarts.isdecimal() else 0)
         return found
 
-    def arrays(self) -> dict[str, str] | None:
-        """Return the job id of each of the user's arrays in the queue by name; None = the controller does not answer."""
-        answer = self._ask("squeue", "-h", "--me", "--Format=ArrayJobID:|,Name:|")
+    def arrays(self, owners: Collection[int] = ()) -> dict[str, str] | None:
+        """Return the job id of each array in the queue by name; None = the controller does not answer.
+
+        Args:
+            owners: user ids whose arrays are asked for; none = this user's.
+        """
+        users = ",".join(str(owner) for owner in sorted(owners)) or str(os.getuid())
+        answer = self._ask("squeue", "-h", f"--user={users}", "--Format=ArrayJobID:|,Name:|")
         if answer.returncode != 0:
             return None
         rows = (line.strip().split("|") for line in answer.stdout.splitlines())
@@ -150,13 +128,18 @@ class Slurm:
             return {}
         return read_accounts(answer.stdout)
 
-    def cancel(self, ids: Sequence[str], *, now: bool) -> None:
-        """End arrays or elements: asked first, and killed after the cluster's KillWait; `now`: killed."""
+    def cancel(self, ids: Sequence[str], *, now: bool) -> list[str]:
+        """End arrays or elements: asked first, and killed after the cluster's KillWait; `now`: killed. Return a line for each
+        that belongs to somebody else, and goes on.
+        """
+        denied = []
         for start in range(0, len(ids), IDS_A_CALL):
             some = ids[start : start + IDS_A_CALL]
             if now:
                 self._ask("scancel", "--full", "--signal=KILL", *some)
-            self._ask("scancel", *some)
+            answer = self._ask("scancel", *some)
+            denied += [one_line(line) for line in answer.stderr.splitlines() if DENIED in line]
+        return denied
 
     def release(self, element: str) -> None:
         """Let an element go that SLURM holds."""
@@ -197,13 +180,6 @@ def _elements(job: str) -> list[str]:
         first, _, last = part.partition("-")
         found += [f"{pending[1]}_{index}" for index in range(int(first), int(last or first) + 1)]
     return found
-
-
-def _line(text: str) -> str:
-    """Return an error's text in one line, without SLURM's prefixes."""
-    return (
-        "; ".join(re.sub(r"^\w+: (error|fatal): ", "", line) for line in text.splitlines() if line.strip()) or "no word"
-    )
 
 
 def environment_of_job(variables: Mapping[str, str]) -> list[str]:

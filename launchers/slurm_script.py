@@ -6,14 +6,26 @@ import os
 import shlex
 from pathlib import Path
 
+from supar_sweep.errors import ConfigError
 from supar_sweep.sweep.arrays import ArrayFolder
 from supar_sweep.sweep.code import VERSION_VARIABLE
 from supar_sweep.training.environment import LAUNCH_ENV
 from supar_sweep.training.slurm_job import command
 
 from .local import THREAD_VARIABLES, search_path
-from .slurm_config import SlurmConfig
+from .slurm_config import SlurmConfig, is_one_line
 from .slurm_queue import environment_of_job
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ConfigError where a folder's name cannot stand in a batch script.
+
+    Args:
+        folder: of the arrays' files, in the runs folder.
+    """
+    if not is_one_line(str(folder.absolute())):
+        problem = "has a line break or another control character in it, which sbatch would read as something else"
+        raise ConfigError("runs_dir", problem, value=str(folder.absolute().parent), allowed="a path of one line")
 
 
 def submission_script(
@@ -32,6 +44,8 @@ def submission_script(
     """
     from submitit import SlurmExecutor
 
+    check_folder(array.path.parent)
+    log_options, log_parameters = _logs(array)
     further = {name.replace("_", "-"): value for name, value in config.sbatch.items()}
     wanted = {
         "partition": config.partition,
@@ -54,12 +68,22 @@ def submission_script(
         signal_delay_s=config.signal_delay_s,
         stderr_to_stdout=True,
         setup=[*environment_of_job(job_environment(threads, code)), *config.setup],
-        srun_args=_srun_options(config),
-        additional_parameters={"requeue": True, **further},
+        srun_args=[*log_options, *_srun_options(config)],
+        additional_parameters={"requeue": True, **log_parameters, **further},
     )
     executor.parameters["map_count"] = n
     limits = [str(config.timeout_min * 60), str(config.signal_delay_s), str(config.ranks)]
     return executor._make_submission_file_text(shlex.join(command(str(array.path), function, *limits)), array.key)
+
+
+def _logs(array: ArrayFolder) -> tuple[list[str], dict[str, str]]:
+    """Return srun's and sbatch's options where submitit's own name of the logs (ArrayFolder.log) does not do: SLURM would replace
+    a percent sign in the folder's name, which is therefore written twice.
+    """
+    if "%" not in str(array.path):
+        return [], {}
+    pattern = str(array.path).replace("%", "%%") + "/%A_%a_%t_log.out"
+    return ["--output", pattern], {"output": pattern.replace("%t", "0")}  # srun takes the last of two
 
 
 def _srun_options(config: SlurmConfig) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -35,9 +36,16 @@ def run(
             ended(job["cell_id"], result["end"], "")
             continue
         try:
-            entered.append(_Cell(job))
+            cell = _Cell(job)
         except BusyError as error:
             ended(job["cell_id"], "busy", str(error))
+            continue
+        if result := folder_of(job).result():  # published between the look above and the lock
+            shutil.rmtree(cell.attempt.path)
+            cell.attempt.close()
+            ended(job["cell_id"], result["end"], "")
+            continue
+        entered.append(cell)
     while entered:
         for cell in list(entered):
             if said := cell.step(should_stop()):

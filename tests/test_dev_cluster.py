@@ -140,6 +140,7 @@ def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path) -> Non
         ("node", 2, "no such knob: node=2; knobs: .*nodes"),
         ("nodes", "two", "nodes=two: must be a whole number"),
         ("accounting", "yes", "accounting=yes: must be true or false"),
+        ("max_job_count", 1, "max_job_count=1: must be at least 2"),
         ("folder", "/x/" + "y" * 90, "longer than the 80 characters"),
     ],
 )

@@ -11,8 +11,9 @@ import pytest
 
 from launchers.slurm_arrays import Size, batches, parallelism
 from launchers.slurm_config import SlurmConfig, options_in
-from launchers.slurm_queue import Refused, read_accounts
+from launchers.slurm_queue import read_accounts
 from launchers.slurm_script import submission_script
+from launchers.slurm_submission import Refused
 from supar_sweep.cli.compose import register_resolvers
 from supar_sweep.cli.rooms import conf_dir
 from supar_sweep.config.decode import decode
@@ -48,6 +49,19 @@ def test_what_is_shipped_is_valid(name: str) -> None:
     [
         ({"partitoin": "gpu"}, "launcher.partitoin: unknown key; did you mean 'partition'?"),
         ({"cpus": 0}, r"launcher.cpus: out of range \(got 0\); allowed: >= 1"),
+        ({"cpus": 100_000}, "launcher.cpus: out of range .* <= 10000"),
+        ({"mem_gb": 1e-9}, r"launcher.mem_gb: out of range \(got 1e-09\); allowed: >= 0.001"),
+        ({"timeout_min": 10**12}, "launcher.timeout_min: out of range"),
+        ({"poll_s": 1e308}, "launcher.poll_s: out of range"),
+        ({"poll_s": 1e-308}, "launcher.poll_s: out of range"),
+        ({"signal_delay_s": 70_000, "timeout_min": 10_000}, "launcher.signal_delay_s: out of range .* <= 65535"),
+        ({"partition": "gpu\nlong"}, r"launcher.partition: has a line break .*\(got 'gpu\\nlong'\)"),
+        ({"sbatch": {"comment": "a\nb"}}, r"launcher.sbatch.comment: has a line break .*\(got 'a\\nb'\)"),
+        ({"larger": [{"above_gb": 1, "qos": "a\nb"}]}, r"launcher.larger\[0\].qos: has a line break"),
+        (
+            {"setup": ["module load cuda", "a\x00b"]},
+            r"launcher.setup\[1\]: has a line break or another control character",
+        ),
         ({"timeout_min": 1.5}, "launcher.timeout_min: must be an integer"),
         ({"timeout_min": 2, "signal_delay_s": 120}, "launcher.signal_delay_s: leaves no time before it"),
         ({"gpus_per_node": None}, r"launcher.gpu_memory_gb: does not go with gpus_per_node \(got 40"),
@@ -183,6 +197,25 @@ def test_an_element_is_a_process_a_gpu_on_each_node(changes: dict[str, Any], ran
     assert ("--kill-on-bad-exit=1" in script) == (ranks > 1)
 
 
+def script_in(folder: Path) -> str:
+    array = ArrayFolder(folder / "slurm" / "KEY")
+    return submission_script(shipped("slurm"), array, n=2, at_once=1, threads=1, function="a:b", code=folder)
+
+
+def test_a_percent_sign_of_the_runs_folder_is_none_of_slurms_to_replace(tmp_path: Path) -> None:
+    pattern = f"{tmp_path}/p%%j%%a/slurm/KEY/%A_%a_"
+    lines = script_in(tmp_path / "p%j%a").splitlines()
+    assert f"#SBATCH --output={pattern}0_log.out" in lines
+    [command] = [line for line in lines if line.startswith("srun ")]
+    assert re.findall(r"--output (\S+)", command)[-1] == f"{pattern}%t_log.out"
+    assert len(re.findall(r"--output ", script_in(tmp_path))) == 1
+
+
+def test_a_runs_folder_of_two_lines_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="runs_dir: has a line break"):
+        script_in(tmp_path / "a\nb")
+
+
 @pytest.mark.parametrize("at_once", [1, 7, 64, 5000])
 @pytest.mark.parametrize("sizes", [[1], [1000], [1000, 1000, 500], [3, 1, 1, 1]])
 def test_arrays_share_the_parallelism_by_size(sizes: list[int], at_once: int) -> None:
@@ -200,6 +233,10 @@ def test_arrays_share_the_parallelism_by_size(sizes: list[int], at_once: int) ->
         ("AssocMaxSubmitJobLimit; Batch job submission failed: Job violates accounting/QOS policy", True, False),
         ("QOSMaxSubmitJobPerUserLimit", True, False),
         ("Batch job submission failed: Resource temporarily unavailable", True, False),
+        ("Slurm temporarily unable to accept job, sleeping and retrying", True, False),
+        ("Slurm job queue full, sleeping and retrying", True, False),
+        ("Job creation temporarily disabled, retrying", True, False),
+        ("Currently unable to load job state information, retrying: Resource busy", False, True),
         ("Batch job submission failed: Unable to contact slurm controller (connect failure)", False, True),
         ("Batch job submission failed: Socket timed out on send/recv operation", False, True),
         ("invalid partition specified: nowhere", False, False),

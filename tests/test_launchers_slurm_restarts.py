@@ -62,7 +62,7 @@ runs = pathlib.Path(sys.argv[1])
 made = launcher(runs)
 for seed in (1, 2):
     made.submit([job_of(runs, seed, steps=40)])
-made.events(0)
+made.flush()
 """
 
 

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from supar_sweep.cli.output import say
 from supar_sweep.cli.rooms import PACKAGE, room
 from supar_sweep.cli.settings import Settings
 from supar_sweep.config.decode import decode
@@ -49,6 +50,7 @@ def make_launcher(settings: Settings) -> Launcher:
     config, runtime = launcher_config(settings), settings.runtime()
     made: Launcher
     if not isinstance(config, LocalConfig):
+        tell_environment(settings)
         size = sizes(settings)
         made = room("launchers.slurm").SlurmLauncher(
             config,
@@ -141,8 +143,16 @@ def launcher_config(settings: Settings) -> Any:
     name = plain.get("name")
     if name not in LAUNCHERS:
         raise ConfigError("launcher.name", "no such launcher", value=name, allowed=LAUNCHERS, nearest_to=str(name))
-    schema = LocalConfig if name == "local" else room("launchers.slurm_config").SlurmConfig
-    return decode(schema, plain, prefix="launcher")
+    if name == "local":
+        return decode(LocalConfig, plain, prefix="launcher")
+    defaults = room("launchers.slurm_environment").taken(plain, os.environ)
+    return decode(room("launchers.slurm_config").SlurmConfig, {**plain, **defaults}, prefix="launcher")
+
+
+def tell_environment(settings: Settings) -> None:
+    """Say what the environment's variables for SLURM's commands come to: launcher=slurm only."""
+    for line in room("launchers.slurm_environment").notes(settings.plain["launcher"], os.environ):
+        say(line)
 
 
 def experiment_of(settings: Settings) -> Experiment:

@@ -24,6 +24,7 @@ from supar_sweep.cli.launch import (
     ranks_for,
     shape_key,
     sizes,
+    tell_environment,
     with_threads,
 )
 from supar_sweep.cli.output import emit, say, write_json
@@ -267,6 +268,7 @@ def _arrays(
         room("launchers.slurm_arrays"),
     )
     runtime, size_of = settings.runtime(), sizes(settings)
+    tell_environment(settings)
     try:
         slurm = queue.Slurm()
         max_array_size = slurm.max_array_size()

@@ -53,6 +53,9 @@ EARLY_S = 65.0
 BUSY_POLL_S = 2.0
 ANSWER_S = 20.0
 LEFT = 128 + signal.SIGTERM
+OPTION_PREFIXES = ("SBATCH_", "SRUN_", "SQUEUE_", "SCANCEL_", "SACCT_", "SCONTROL_")
+"""Variables by which a shell gives options to SLURM's commands; those that we call get ours alone."""
+
 RUNS_ON = ("RUNNING", "SIGNALING")
 """What SLURM calls a job that it means to let run on for now: the second, while the signal is on its way."""
 
@@ -231,11 +234,15 @@ def train(jobs: Sequence[Job], run: RunCells, ranks: Ranks) -> dict[str, str]:
     return ends
 
 
+def _ask(*command: str) -> subprocess.CompletedProcess[str]:
+    own = {name: value for name, value in os.environ.items() if not name.startswith(OPTION_PREFIXES)}
+    return subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S, env=own)
+
+
 def state_now() -> str:
     """Return what SLURM calls this job now, "" where it does not answer."""
     with suppress(OSError, subprocess.TimeoutExpired):
-        command = ["squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "--Format=State:|"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S).stdout.strip().strip("|")
+        return _ask("squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "--Format=State:|").stdout.strip().strip("|")
     return ""
 
 
@@ -273,7 +280,7 @@ def again(element: str, stopped: Sequence[Job]) -> None:
         stopped: jobs of the cells that were not at their end.
     """
     try:
-        asked = subprocess.run(["scontrol", "requeue", element], capture_output=True, text=True, timeout=ANSWER_S)
+        asked = _ask("scontrol", "requeue", element)
         refusal = " ".join(asked.stderr.split()) if asked.returncode != 0 else ""
     except (OSError, subprocess.TimeoutExpired) as error:
         refusal = str(error)
