@@ -84,7 +84,7 @@ class MyRMSNorm(nn.Module):
 def test_norms_start_at_1_and_their_shifts_at_0(norm: nn.Module) -> None:
     with torch.no_grad():
         for parameter in norm.parameters():
-            parameter.fill_(7.0)
+            parameter.uniform_(2, 3)
     for item in plan(norm):
         assert item.role == ("bias" if "bias" in item.name else "norm")
         assert torch.all(item.parameter == (item.role == "norm"))
@@ -220,6 +220,7 @@ def test_convolutions_are_matrices_of_fan_in_times_kernel() -> None:
 
 
 # ---------------------------------------------------------------- per-layer density, ratios
+@pytest.mark.filterwarnings("ignore:.*live weights a neuron")
 def test_er_layers_are_corrected_by_their_own_density() -> None:
     plans = plan(Net(), density=0.1, layer_density="er")
     check_init(plans)
@@ -240,6 +241,7 @@ def test_er_layers_are_corrected_by_their_own_density() -> None:
         assert math.isclose(item.hparams.weight_decay, 0.1 * 4 * item.density)
 
 
+@pytest.mark.filterwarnings("ignore:.*live weights a neuron")
 def test_m_rho_is_the_achieved_density() -> None:
     layer = nn.Linear(5, 5, bias=False)
     tag(layer, "weight", "hidden", base_fan_in=5)
@@ -259,6 +261,7 @@ def test_rectangular_layers_go_by_their_own_fan_in_and_eps_by_the_model() -> Non
     assert weight.hparams.eps == bias.hparams.eps == 1e-8 / 4
 
 
+@pytest.mark.filterwarnings("ignore:.*live weights a neuron")
 def test_sgd_groups_have_no_eps_and_dense_roles_take_the_models_m_d() -> None:
     for item in plan(Net(), density=1 / 8, optimizer="sgd"):
         assert item.hparams.eps is None

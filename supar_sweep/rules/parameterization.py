@@ -36,7 +36,10 @@ DepthRule = Literal["none", "gpt2", "completep"]
 SpStart = Literal["mup_dense", "own"]
 DecayMode = Literal["scaled", "coupled", "independent"]
 
-ROLES: tuple[Role, ...] = get_args(Role)
+ALL_ROLES: tuple[Role, ...] = get_args(Role)
+ROLES: tuple[Role, ...] = tuple(role for role in ALL_ROLES if role != "own")
+"""The roles whose start the rules write. `own`, of a model of the user's own, keeps its start and is else trained as a bias."""
+
 SITES: tuple[Site, ...] = get_args(Site)
 PARAMETERIZATIONS: tuple[Parameterization, ...] = get_args(Parameterization)
 SPARSE_ROLES: tuple[Role, ...] = ("hidden", "hidden_residual")

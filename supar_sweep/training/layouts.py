@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from supar_sweep.errors import ConfigError
+from supar_sweep.sparse.compact import CompactLinear
+from supar_sweep.sparse.linear import MaskedLinear
 
 Shape = tuple[int, ...]
 
@@ -80,7 +82,7 @@ _OWNERS: tuple[_Owner, ...] = (
         "stores its weight input first, so its fan_in is not at hand",
     ),
     _Owner(_is_gpt2_conv1d, TRANSPOSED, certain=True),
-    _Owner(lambda owner, shape: isinstance(owner, nn.Linear), MATRIX, certain=True),
+    _Owner(lambda owner, shape: isinstance(owner, (nn.Linear, MaskedLinear, CompactLinear)), MATRIX, certain=True),
     _Owner(lambda owner, shape: isinstance(owner, _ConvNd), MATRIX, certain=True),
     # ASSUMPTION: what else has two axes is used as torch.nn.functional.linear uses it
     _Owner(lambda owner, shape: len(shape) == 2, MATRIX),
@@ -142,7 +144,8 @@ def refusal(name: str, owner: nn.Module, shape: Shape) -> ConfigError:
     return ConfigError(
         name,
         f"{type(owner).__name__} {_kind(owner, shape).problem} (shape {shape})",
-        allowed="its fan_in by hand: supar_sweep.tag(..., fan_in=..., base_fan_in=...), with fan_out= where several axes are outputs",
+        allowed="its fan_in by hand: supar_sweep.tag(..., fan_in=..., base_fan_in=...), and fan_out= where several axes are "
+        "outputs",
     )
 
 

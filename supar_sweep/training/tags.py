@@ -16,7 +16,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from supar_sweep.errors import ConfigError
-from supar_sweep.rules.parameterization import ROLES, SPARSE_ROLES, Role
+from supar_sweep.rules.parameterization import ALL_ROLES, SPARSE_ROLES, Role
 from supar_sweep.sparse.compact import STANDS_FOR, CompactLinear
 from supar_sweep.training.layouts import MATRIX, Layout, layout_of, refusal
 from supar_sweep.training.untagged import guess_role
@@ -34,7 +34,7 @@ class Tag:
     """What one parameter is.
 
     Args:
-        role: one of ROLES.
+        role: one of ALL_ROLES.
         base_fan_in: its fan_in at the base shape, > 0; None where the role's rules do not read it.
         in_block: whether it sits inside a residual block (depth rules act only there).
         fan_in, fan_out: of one matrix of the tensor; None = as its owner is known to store it.
@@ -126,18 +126,20 @@ def tag(
             allowed=held,
             nearest_to=parameter_name,
         )
-    if role not in ROLES:
-        raise ConfigError("role", f"unknown, for {parameter_name}", value=role, allowed=ROLES, nearest_to=role)
+    if role not in ALL_ROLES:
+        raise ConfigError("role", f"unknown, for {parameter_name}", value=role, allowed=ALL_ROLES, nearest_to=role)
     if base_fan_in is not None and not base_fan_in > 0:
         raise ConfigError("base_fan_in", f"out of range, for {parameter_name}", value=base_fan_in, allowed="> 0")
     for key, value in (("fan_in", fan_in), ("fan_out", fan_out)):
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if not value >= 1 or value != int(value):
             raise ConfigError(key, f"out of range, for {parameter_name}", value=value, allowed="an integer >= 1")
         if role not in SPARSE_ROLES:
             raise ConfigError(
-                key, f"has no effect on {parameter_name}: role {role} does not read it", allowed="roles hidden, hidden_residual"
+                key,
+                f"has no effect on {parameter_name}: role {role} does not read it",
+                allowed="roles hidden, hidden_residual",
             )
     if fan_out is not None and fan_in is None:
         raise ConfigError("fan_out", f"has no effect on {parameter_name} without fan_in", value=fan_out)
@@ -215,8 +217,7 @@ def _tagged(places: list[tuple[str, nn.Module, str]], starts: bool) -> TaggedPar
     (name, owner, local_name), known = found[0]
     parameter = owner._parameters[local_name]
     assert parameter is not None
-    if isinstance(owner, CompactLinear) and local_name == "values":
-        name = name.removesuffix(local_name) + STANDS_FOR
+    name = stored_name(name, owner)
     shape = stored_shape(owner, local_name)
     layout = layout_of(name, owner, shape, known.fan_in, known.fan_out)
     if layout is None:
@@ -235,6 +236,18 @@ def _tagged(places: list[tuple[str, nn.Module, str]], starts: bool) -> TaggedPar
         fan_out=fan_out,
         fan_in=fan_in,
     )
+
+
+def stored_name(name: str, owner: nn.Module) -> str:
+    """Return a parameter's name; that of a compact layer's values is the name of the weight that they stand for.
+
+    Args:
+        name: full dotted name.
+        owner: the module that holds it.
+    """
+    if isinstance(owner, CompactLinear) and name.rpartition(".")[2] == "values":
+        return name.removesuffix("values") + STANDS_FOR
+    return name
 
 
 def stored_shape(owner: nn.Module, local_name: str) -> tuple[int, ...]:

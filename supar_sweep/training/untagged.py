@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
 
 from supar_sweep.errors import ConfigError
-from supar_sweep.rules.parameterization import ROLES, Role
+from supar_sweep.rules.parameterization import ALL_ROLES, Role
 
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _NormBase)
 _PLAIN_BIAS = re.compile(r"bias|in_proj_bias|bias_[ih]h(_l\d+(_reverse)?)?")
@@ -37,7 +37,7 @@ def guess_role(name: str, owner: nn.Module, local_name: str, parameter: Tensor, 
     """
     hint = f"tag it with supar_sweep.tag(owner, {local_name!r}, role)"
     if parameter.dim() > 1:
-        raise ConfigError(name, f"has no role (shape {tuple(parameter.shape)}): {hint}", allowed=ROLES)
+        raise ConfigError(name, f"has no role (shape {tuple(parameter.shape)}): {hint}", allowed=ALL_ROLES)
     values = None if parameter.is_meta or not starts else parameter.detach()
     class_name = type(owner).__name__
     if "bias" in local_name:
