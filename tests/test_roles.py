@@ -1,6 +1,7 @@
 """Init, masks, parameter groups: on small modules of every kind a user may bring."""
 
 import math
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -54,13 +55,14 @@ def plan(
     eps: float | None = 1e-8,
     layer_density: str = "uniform",
     ratios: Any = None,
+    weight_decay: float | None = None,
     **method: Any,
 ) -> list[ParameterPlan]:
     method = {"parameterization": "supar", **method}
     return parameterize(
         module,
         method=Method(**method),
-        hparams=HPARAMS,
+        hparams=HPARAMS if weight_decay is None else replace(HPARAMS, weight_decay=weight_decay),
         ratios=ratios or Ratios(m_d=4, m_L=2, n_layer=4),
         density=density,
         layer_density=layer_density,

@@ -15,7 +15,7 @@ from supar_sweep.training.plans import ParameterPlan, check_current
 
 RULES_OF: Mapping[str, OptimizerName] = {
     **dict.fromkeys(("SGD", "ASGD"), "sgd"),  # steps as long as the gradient
-    **dict.fromkeys(("Adam", "Adamax", "NAdam", "RAdam", "SparseAdam", "Adafactor", "Muon"), "adamw"),
+    **dict.fromkeys(("Adam", "AdamW", "Adamax", "NAdam", "RAdam", "SparseAdam", "Adafactor", "Muon"), "adamw"),
     **dict.fromkeys(("Adadelta", "Adagrad", "RMSprop", "Rprop"), "adamw"),
 }
 """Class -> the optimizer whose rules fit it: does a step's length depend on that of the gradient? Subclasses go by their base."""
