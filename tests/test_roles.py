@@ -1,5 +1,6 @@
 """Init, masks, parameter groups: on small modules of every kind a user may bring."""
 
+import contextlib
 import math
 from dataclasses import replace
 from itertools import product
@@ -15,6 +16,7 @@ from supar_sweep.rules.parameterization import PARAMETERIZATIONS, SPARSE_ROLES, 
 from supar_sweep.rules.transfer import role_hparams
 from supar_sweep.sparse.linear import named_masks
 from supar_sweep.sparse.masks import mask_hash
+from supar_sweep.training.model import build
 from supar_sweep.training.roles import (
     ParameterPlan,
     check_init,
@@ -23,6 +25,7 @@ from supar_sweep.training.roles import (
     parameterize,
 )
 from supar_sweep.training.tags import tag
+from tests.tiny import tiny_cell
 
 HPARAMS = HParams(lr=0.01, init_std=0.08, alpha_in=1.0, alpha_out=1.0, weight_decay=0.1)
 
@@ -291,6 +294,22 @@ def test_impossible_densities(density: float) -> None:
 def test_adamw_needs_eps() -> None:
     with pytest.raises(ConfigError, match=r"optimizer\.eps"):
         plan(Net(), eps=None)
+
+
+@pytest.mark.parametrize("name", PARAMETERIZATIONS)
+def test_few_live_weights_a_neuron_are_warned_of_where_the_rules_correct_them(name: Any) -> None:
+    plan(Net(), density=0.25, parameterization=name)  # 64 / 4 = 16 is enough
+    layer = nn.Linear(8, 8)
+    tag(layer, "weight", "hidden", base_fan_in=8)
+    plan(layer, parameterization=name)  # dense: there is nothing to correct
+    few: Any = contextlib.nullcontext()
+    if name not in ("sp", "mup"):
+        few = pytest.warns(UserWarning, match=r"^up\.weight: 12\.8 live weights a neuron; below 16 the best lr drifts")
+    with few as said:
+        plan(Net(), density=0.2, parameterization=name)
+    if said is not None:
+        assert said[0].filename.endswith("test_roles.py")  # where parameterize was called
+    build(tiny_cell(density=0.25))  # the built-in model's are said once a grid, not in each process
 
 
 # ---------------------------------------------------------------- the check before step 1

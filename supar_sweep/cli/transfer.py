@@ -298,9 +298,9 @@ def few_live_lines(cells: Iterable[CellConfig]) -> list[str]:
         return []
     fewest_first = sorted((live, width, density) for (width, density), live in said.items())
     where = [f"width {width}, density {density:.6g}" for _, width, density in fewest_first]
-    more = [f"{live:g} ({shape})" for (live, *_), shape in zip(fewest_first[1:4], where[1:4], strict=True)]
+    more = [f"{live:.3g} ({shape})" for (live, *_), shape in zip(fewest_first[1:4], where[1:4], strict=True)]
     more += [f"{len(where) - 4} further shapes"] if len(where) > 4 else []
-    text = ", ".join([f"{fewest_first[0][0]:g} live weights a neuron ({where[0]})", *more])
+    text = ", ".join([f"{fewest_first[0][0]:.3g} live weights a neuron ({where[0]})", *more])
     return [f"{text}: {FEW_LIVE}"]
 
 

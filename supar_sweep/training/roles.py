@@ -122,7 +122,7 @@ def parameterize(
         shapes, counts = _sparse_counts(parameters, layer_density, density)
         few = few_live({name: shape for name, shape in shapes.items() if counts[name] < math.prod(shape)}, counts)
         if few is not None:
-            warnings.warn(f"{few[0]}: {few[1]:g} live weights a neuron; {FEW_LIVE}", stacklevel=2)
+            warnings.warn(f"{few[0]}: {few[1]:.3g} live weights a neuron; {FEW_LIVE}", stacklevel=2)
     return plans
 
 
