@@ -8,6 +8,7 @@ example):
     Method               which rules are in force
     HParams, Ratios      the numbers in base units; the target in units of the base
     parameterize         write weights and masks in place; a plan per parameter
+    derive_ratios        the ratios of a model to one of the base shape
     check_init           measure the start, and refuse a wrong one
     param_groups         groups for any torch optimizer
     parameter_rows       the table of what each parameter is trained with
@@ -29,9 +30,10 @@ if TYPE_CHECKING:
     from supar_sweep.rules.parameterization import Method as Method
     from supar_sweep.rules.transfer import forward_multipliers as forward_multipliers
     from supar_sweep.rules.transfer import role_hparams as role_hparams
-    from supar_sweep.training.roles import check_init as check_init
-    from supar_sweep.training.roles import param_groups as param_groups
-    from supar_sweep.training.roles import parameter_rows as parameter_rows
+    from supar_sweep.training.base_model import derive_ratios as derive_ratios
+    from supar_sweep.training.groups import param_groups as param_groups
+    from supar_sweep.training.plans import check_init as check_init
+    from supar_sweep.training.plans import parameter_rows as parameter_rows
     from supar_sweep.training.roles import parameterize as parameterize
     from supar_sweep.training.tags import tag as tag
 
@@ -45,9 +47,10 @@ _HOMES = {
     "Method": "supar_sweep.rules.parameterization",
     "forward_multipliers": "supar_sweep.rules.transfer",
     "role_hparams": "supar_sweep.rules.transfer",
-    "check_init": "supar_sweep.training.roles",
-    "param_groups": "supar_sweep.training.roles",
-    "parameter_rows": "supar_sweep.training.roles",
+    "check_init": "supar_sweep.training.plans",
+    "derive_ratios": "supar_sweep.training.base_model",
+    "param_groups": "supar_sweep.training.groups",
+    "parameter_rows": "supar_sweep.training.plans",
     "parameterize": "supar_sweep.training.roles",
     "tag": "supar_sweep.training.tags",
 }
@@ -59,6 +62,7 @@ __all__ = [
     "Ratios",
     "SuparError",
     "check_init",
+    "derive_ratios",
     "forward_multipliers",
     "param_groups",
     "parameter_rows",

@@ -239,6 +239,7 @@ def planned(net: Net, density: float, seed: int = 3) -> Any:
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("density", [1 / 64, 0.25])
+@pytest.mark.filterwarnings("ignore:.*live weights a neuron")
 def test_the_rules_write_the_same_start_and_say_the_same_of_it(density: float, dtype: torch.dtype) -> None:
     dense, compact = Net(None, dtype), Net(int(density * 64 * 128), dtype)
     dense_plans, plans = planned(dense, density), planned(compact, density)

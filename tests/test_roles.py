@@ -1,6 +1,8 @@
 """Init, masks, parameter groups: on small modules of every kind a user may bring."""
 
+import contextlib
 import math
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -14,6 +16,7 @@ from supar_sweep.rules.parameterization import PARAMETERIZATIONS, SPARSE_ROLES, 
 from supar_sweep.rules.transfer import role_hparams
 from supar_sweep.sparse.linear import named_masks
 from supar_sweep.sparse.masks import mask_hash
+from supar_sweep.training.model import build
 from supar_sweep.training.roles import (
     ParameterPlan,
     check_init,
@@ -22,6 +25,7 @@ from supar_sweep.training.roles import (
     parameterize,
 )
 from supar_sweep.training.tags import tag
+from tests.tiny import tiny_cell
 
 HPARAMS = HParams(lr=0.01, init_std=0.08, alpha_in=1.0, alpha_out=1.0, weight_decay=0.1)
 
@@ -54,13 +58,14 @@ def plan(
     eps: float | None = 1e-8,
     layer_density: str = "uniform",
     ratios: Any = None,
+    weight_decay: float | None = None,
     **method: Any,
 ) -> list[ParameterPlan]:
     method = {"parameterization": "supar", **method}
     return parameterize(
         module,
         method=Method(**method),
-        hparams=HPARAMS,
+        hparams=HPARAMS if weight_decay is None else replace(HPARAMS, weight_decay=weight_decay),
         ratios=ratios or Ratios(m_d=4, m_L=2, n_layer=4),
         density=density,
         layer_density=layer_density,
@@ -84,7 +89,7 @@ class MyRMSNorm(nn.Module):
 def test_norms_start_at_1_and_their_shifts_at_0(norm: nn.Module) -> None:
     with torch.no_grad():
         for parameter in norm.parameters():
-            parameter.fill_(7.0)
+            parameter.uniform_(2, 3)
     for item in plan(norm):
         assert item.role == ("bias" if "bias" in item.name else "norm")
         assert torch.all(item.parameter == (item.role == "norm"))
@@ -220,6 +225,7 @@ def test_convolutions_are_matrices_of_fan_in_times_kernel() -> None:
 
 
 # ---------------------------------------------------------------- per-layer density, ratios
+@pytest.mark.filterwarnings("ignore:.*live weights a neuron")
 def test_er_layers_are_corrected_by_their_own_density() -> None:
     plans = plan(Net(), density=0.1, layer_density="er")
     check_init(plans)
@@ -240,6 +246,7 @@ def test_er_layers_are_corrected_by_their_own_density() -> None:
         assert math.isclose(item.hparams.weight_decay, 0.1 * 4 * item.density)
 
 
+@pytest.mark.filterwarnings("ignore:.*live weights a neuron")
 def test_m_rho_is_the_achieved_density() -> None:
     layer = nn.Linear(5, 5, bias=False)
     tag(layer, "weight", "hidden", base_fan_in=5)
@@ -259,6 +266,7 @@ def test_rectangular_layers_go_by_their_own_fan_in_and_eps_by_the_model() -> Non
     assert weight.hparams.eps == bias.hparams.eps == 1e-8 / 4
 
 
+@pytest.mark.filterwarnings("ignore:.*live weights a neuron")
 def test_sgd_groups_have_no_eps_and_dense_roles_take_the_models_m_d() -> None:
     for item in plan(Net(), density=1 / 8, optimizer="sgd"):
         assert item.hparams.eps is None
@@ -286,6 +294,22 @@ def test_impossible_densities(density: float) -> None:
 def test_adamw_needs_eps() -> None:
     with pytest.raises(ConfigError, match=r"optimizer\.eps"):
         plan(Net(), eps=None)
+
+
+@pytest.mark.parametrize("name", PARAMETERIZATIONS)
+def test_few_live_weights_a_neuron_are_warned_of_where_the_rules_correct_them(name: Any) -> None:
+    plan(Net(), density=0.25, parameterization=name)  # 64 / 4 = 16 is enough
+    layer = nn.Linear(8, 8)
+    tag(layer, "weight", "hidden", base_fan_in=8)
+    plan(layer, parameterization=name)  # dense: there is nothing to correct
+    few: Any = contextlib.nullcontext()
+    if name not in ("sp", "mup"):
+        few = pytest.warns(UserWarning, match=r"^up\.weight: 12\.8 live weights a neuron; below 16 the best lr drifts")
+    with few as said:
+        plan(Net(), density=0.2, parameterization=name)
+    if said is not None:
+        assert said[0].filename.endswith("test_roles.py")  # where parameterize was called
+    build(tiny_cell(density=0.25))  # the built-in model's are said once a grid, not in each process
 
 
 # ---------------------------------------------------------------- the check before step 1

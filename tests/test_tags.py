@@ -3,14 +3,18 @@
 import copy
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.optim.swa_utils import AveragedModel
 
 from supar_sweep.errors import ConfigError
-from supar_sweep.training.tags import collect, tag
-from tests.test_roles import Net
+from supar_sweep.training.tags import collect, named_owners, tag
+from tests.one_process import one_process
+from tests.test_roles import Net, by_name, plan
 
 
 def test_collect_names_roles_and_fans() -> None:
@@ -97,3 +101,57 @@ def test_tied_parameters_of_different_roles_are_refused() -> None:
     tag(net.other, "weight", "head")
     with pytest.raises(ConfigError, match=r"several roles: up.weight \(hidden\), other.weight \(head\)"):
         collect(net)
+
+
+# ---------------------------------------------------------------- wrappers
+def wrapped_whole(wrap: Callable[[Net], nn.Module]) -> nn.Module:
+    return wrap(Net())
+
+
+def wrapped_part(wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    net = Net()
+    net.up = wrap(net.up)  # type: ignore[assignment]
+    return net
+
+
+def fsdp1(net: nn.Module) -> nn.Module:
+    """What FSDP1 does to names; the class itself wants an accelerator."""
+    outer = nn.Module()
+    outer.add_module("_fsdp_wrapped_module", net)
+    return outer
+
+
+@pytest.mark.parametrize("place", [wrapped_whole, wrapped_part])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        nn.parallel.DistributedDataParallel,
+        nn.DataParallel,
+        AveragedModel,
+        checkpoint_wrapper,
+        torch.compile,
+        fsdp1,
+        lambda net: nn.parallel.DistributedDataParallel(checkpoint_wrapper(fsdp1(net))),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*(script_method|deprecated)")
+def test_wrappers_stay_out_of_names_noise_and_masks(wrap: Any, place: Callable[..., nn.Module]) -> None:
+    plain = by_name(plan(Net(), density=0.25))
+    with one_process():
+        model = place(wrap)
+        plans = by_name(plan(model, density=0.25))
+    assert list(plans) == list(plain)
+    assert all(torch.equal(item.parameter, plain[name].parameter) for name, item in plans.items())
+
+
+def test_a_submodule_of_ones_own_may_be_called_module() -> None:
+    net = nn.Module()
+    net.add_module("module", Net())
+    assert all(item.name.startswith("module.") for item in collect(net))
+
+
+def test_owners_come_in_the_order_of_named_modules() -> None:
+    net = Net()
+    net.again = net.up
+    plain = [(f"{name}." if name else "", id(module)) for name, module in net.named_modules()]
+    assert [(prefix, id(owner)) for prefix, owner in named_owners(net)] == plain

@@ -23,6 +23,7 @@ from supar_sweep.cli.progress import Live, duration
 from supar_sweep.cli.rooms import room
 from supar_sweep.cli.settings import Settings
 from supar_sweep.cli.status import note_unread, slurm_was_used
+from supar_sweep.cli.transfer import say_few_live
 from supar_sweep.config.decode import encode
 from supar_sweep.errors import ConfigError, SuparError
 from supar_sweep.sweep.complete import Summary, complete
@@ -41,6 +42,7 @@ def run(settings: Settings) -> int:
     extension = Extension.asked(settings)
     grid = freeze(settings)
     say_idle(grid)
+    say_few_live(grid.cells.values())
     if not getattr(launcher_config(settings), "wait", True):
         settings, grid = _threaded(settings, grid)
         with make_launcher(settings) as launcher:

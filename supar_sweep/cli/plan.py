@@ -32,6 +32,7 @@ from supar_sweep.cli.progress import duration
 from supar_sweep.cli.rooms import room
 from supar_sweep.cli.settings import Settings
 from supar_sweep.cli.status import UNDER_WAY, with_queue
+from supar_sweep.cli.transfer import say_few_live
 from supar_sweep.config.decode import encode
 from supar_sweep.config.schema import CellConfig
 from supar_sweep.errors import ConfigError, SuparError
@@ -58,6 +59,7 @@ def plan(settings: Settings) -> int:
     test_only = _test_only(settings, local)
     grid = freeze(settings)
     say_idle(grid)
+    say_few_live(grid.cells.values())
     found = with_queue(settings, states(experiment_of(settings), grid.plan))
     left = {this: cell for this, cell in grid.cells.items() if not found[this].complete}
     settings = with_threads(settings, left.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from supar_sweep.cli.settings import Settings
 from supar_sweep.config.decode import decode, encode
 from supar_sweep.config.schema import CellConfig
 from supar_sweep.errors import ConfigError
-from supar_sweep.rules.parameterization import ROLES, SITES, Quantity, Role, find_rule, formula
+from supar_sweep.rules.parameterization import COLUMNS, ROLES, SITES, Quantity, Role, find_rule, formula
 from supar_sweep.rules.transfer import RoleHParams, forward_multipliers, role_hparams
 from supar_sweep.sweep.tables import render
 
@@ -275,20 +275,46 @@ def warnings(cell: CellConfig, settings: Settings) -> list[str]:
             "sparsity.hparams_density=current: a run starts dense, with the init and lr of density 1; what stands here "
             "is what its lr comes to at the final density"
         )
-    return found + _few_live(cell)
+    return found + few_live_lines([cell])
 
 
-def _few_live(cell: CellConfig) -> list[str]:
-    """Return a line where the sparsest layer has too few live weights a neuron for the rules to hold."""
-    from supar_sweep.sparse.density import MIN_LIVE_PER_NEURON, live_counts, live_per_neuron
+def few_live_lines(cells: Iterable[CellConfig]) -> list[str]:
+    """Return one line that names the shapes whose sparsest layer has too few live weights a neuron for the rules to hold.
+
+    Args:
+        cells: of the built-in GPT.
+    """
+    from supar_sweep.sparse.density import FEW_LIVE, few_live, live_counts
     from supar_sweep.training.cost import sparse_shapes
 
-    shapes = sparse_shapes(cell)
-    live = live_counts(cell.layer_density, shapes, cell.density)
-    fewest = min(live_per_neuron(fan_in, live[name] / (fan_out * fan_in)) for name, (fan_out, fan_in) in shapes.items())
-    if fewest >= MIN_LIVE_PER_NEURON:
+    said: dict[tuple[int, float], float] = {}
+    for cell in {(cell.model, cell.density, cell.layer_density): cell for cell in cells}.values():
+        shapes = sparse_shapes(cell)
+        fewest = few_live(shapes, live_counts(cell.layer_density, shapes, cell.density))
+        if fewest is not None:
+            key = (cell.model.width, cell.density)
+            said[key] = min(fewest[1], said.get(key, fewest[1]))
+    if not said:
         return []
-    return [f"{fewest:g} live weights a neuron: below {MIN_LIVE_PER_NEURON} the best lr drifts under SuPar too"]
+    fewest_first = sorted((live, width, density) for (width, density), live in said.items())
+    where = [f"width {width}, density {density:.6g}" for _, width, density in fewest_first]
+    more = [f"{live:.3g} ({shape})" for (live, *_), shape in zip(fewest_first[1:4], where[1:4], strict=True)]
+    more += [f"{len(where) - 4} further shapes"] if len(where) > 4 else []
+    text = ", ".join([f"{fewest_first[0][0]:.3g} live weights a neuron ({where[0]})", *more])
+    return [f"{text}: {FEW_LIVE}"]
+
+
+def say_few_live(cells: Iterable[CellConfig]) -> None:
+    """Warn of a grid's shapes at which SuPar's corrections are asked of too few live weights a neuron.
+
+    Args:
+        cells: of the grid; those of other rules, and of a training function of the user's own, are passed over.
+    """
+    corrected = (
+        cell for cell in cells if cell.train.target is None and "supar" in COLUMNS[cell.parameterization].values()
+    )
+    for line in few_live_lines(cell for cell in corrected if cell.density < 1):
+        say(f"warning: {line}")
 
 
 def _departures(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

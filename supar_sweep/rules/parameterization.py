@@ -27,7 +27,7 @@ from supar_sweep.rules.hparams import Ratios
 RULES_VERSION = 1
 """Part of every cell's identity: raised whenever a number below changes, or the noise or the masks (sparse/noise.py) do."""
 
-Role = Literal["embedding", "hidden", "hidden_residual", "head", "norm", "bias"]
+Role = Literal["embedding", "hidden", "hidden_residual", "head", "norm", "bias", "own"]
 Quantity = Literal["init_var", "lr", "weight_decay", "eps", "forward"]
 Site = Literal["embedding_output", "logits", "attention_scale", "residual"]
 Parameterization = Literal["sp", "mup", "supar", "init_only", "lr_only"]
@@ -36,7 +36,10 @@ DepthRule = Literal["none", "gpt2", "completep"]
 SpStart = Literal["mup_dense", "own"]
 DecayMode = Literal["scaled", "coupled", "independent"]
 
-ROLES: tuple[Role, ...] = get_args(Role)
+ALL_ROLES: tuple[Role, ...] = get_args(Role)
+ROLES: tuple[Role, ...] = tuple(role for role in ALL_ROLES if role != "own")
+"""The roles whose start the rules write. `own`, of a model of the user's own, keeps its start and is else trained as a bias."""
+
 SITES: tuple[Site, ...] = get_args(Site)
 PARAMETERIZATIONS: tuple[Parameterization, ...] = get_args(Parameterization)
 SPARSE_ROLES: tuple[Role, ...] = ("hidden", "hidden_residual")
@@ -80,6 +83,7 @@ TABLE: tuple[Rule, ...] = (
     Rule("init_var", "head",              "1",    "1",       "1",               f"{_SUPAR_T1}, unembedding init"),
     Rule("init_var", "norm",              "0",    "0",       "0",               "starts at the constant 1"),
     Rule("init_var", "bias",              "0",    "0",       "0",               "starts at the constant 0"),
+    Rule("init_var", "own",               "0",    "0",       "0",               "keeps the values that it has"),
 
     Rule("lr", "embedding",               "1",    "1",       "1",               f"{_SUPAR_T1}, embedding LR", "adamw"),
     Rule("lr", "hidden",                  "1",    "m_d^-1",  "m_d^-1 m_rho^-1", f"{_SUPAR_T1}, hidden LR; CP table 1", "adamw",
@@ -91,6 +95,8 @@ TABLE: tuple[Rule, ...] = (
          completep="m_L^(alpha-1)"),
     Rule("lr", "bias",                    "1",    "1",       "1",               "CP table 1, hidden bias LR", "adamw",
          completep="m_L^(alpha-1)"),
+    Rule("lr", "own",                     "1",    "1",       "1",               "as a bias [here]", "adamw",
+         completep="m_L^(alpha-1)"),
 
     Rule("lr", "embedding",               "1",    "m_d",     "m_d",             _TP5, "sgd"),
     Rule("lr", "hidden",                  "1",    "1",       "m_rho^-1",        _TP5, "sgd"),
@@ -98,6 +104,7 @@ TABLE: tuple[Rule, ...] = (
     Rule("lr", "head",                    "1",    "m_d",     "m_d",             _TP5, "sgd"),
     Rule("lr", "norm",                    "1",    "m_d",     "m_d",             _TP5, "sgd"),
     Rule("lr", "bias",                    "1",    "m_d",     "m_d",             _TP5, "sgd"),
+    Rule("lr", "own",                     "1",    "m_d",     "m_d",             "as a bias [here]", "sgd"),
 
     # decay mode `scaled`: lr * weight_decay, the share of a weight that one step removes, is the same at every shape
     Rule("weight_decay", "embedding",       "1",  "1",       "1",               "[here] lr * wd constant", "adamw"),
@@ -110,6 +117,7 @@ TABLE: tuple[Rule, ...] = (
     Rule("weight_decay", "head",            "1",  "m_d^-1",  "m_d^-1",          "[here] lr * wd constant", "sgd"),
     Rule("weight_decay", "norm",            "0",  "0",       "0",               "[code] only weights of >= 2 dimensions decay"),
     Rule("weight_decay", "bias",            "0",  "0",       "0",               "[code] only weights of >= 2 dimensions decay"),
+    Rule("weight_decay", "own",             "0",  "0",       "0",               "as a bias [here]"),
 
     # the logits multiplier makes every gradient fall as 1/m_d, and density leaves gradients alone
     Rule("eps", "embedding",              "1",    "m_d^-1",  "m_d^-1",          "gradients ~ 1/m_d [here]", "adamw"),
@@ -121,6 +129,8 @@ TABLE: tuple[Rule, ...] = (
     Rule("eps", "norm",                   "1",    "m_d^-1",  "m_d^-1",          "CP table 1, eps in blocks", "adamw",
          completep="m_L^-alpha"),
     Rule("eps", "bias",                   "1",    "m_d^-1",  "m_d^-1",          "CP table 1, eps in blocks", "adamw",
+         completep="m_L^-alpha"),
+    Rule("eps", "own",                    "1",    "m_d^-1",  "m_d^-1",          "as a bias [here]", "adamw",
          completep="m_L^-alpha"),
 
     Rule("forward", "embedding_output",   "1",    "alpha_in",          "alpha_in",          f"{_SUPAR_T1}, embedding forward"),

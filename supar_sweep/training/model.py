@@ -3,7 +3,7 @@
 Shape suffixes: B sequences, T tokens of context, D width (d_model), H heads, K d_head, F d_ffn,
 V vocabulary.
 
-The model is built with zero weights and tags; `parameterize` (roles.py) writes the start. What the
+The model is built with zero weights and tags; `start` (roles.py) writes its values. What the
 rules put into the forward pass (factors of embedding, attention logits, residual branches, logits)
 arrives as ForwardMultipliers.
 """
@@ -23,8 +23,8 @@ from supar_sweep.rules.parameterization import Role
 from supar_sweep.rules.transfer import ForwardMultipliers, forward_multipliers
 from supar_sweep.sparse.compact import CompactLinear
 from supar_sweep.sparse.linear import MaskedLinear
-from supar_sweep.training.roles import ParameterPlan, check_init, parameterize
-from supar_sweep.training.tags import tag
+from supar_sweep.training.roles import ParameterPlan, check_init, start
+from supar_sweep.training.tags import collect, tag
 
 
 def build(cell: CellConfig, compact: Mapping[str, int] | None = None) -> tuple[GPT, list[ParameterPlan]]:
@@ -45,8 +45,8 @@ def build(cell: CellConfig, compact: Mapping[str, int] | None = None) -> tuple[G
     model = build_model(cell, compact)
     if cell.train.precision == "float64":
         model.double()
-    plans = parameterize(
-        model,
+    plans = start(
+        collect(model),
         method=cell.method(),
         hparams=cell.hparams,
         ratios=cell.ratios(),
