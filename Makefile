@@ -23,7 +23,7 @@ export PYTHON TORCH
 .ONESHELL:
 SHELL := /bin/sh
 .SHELLFLAGS := -euc
-.PHONY: help quickstart test slow cluster bench check lint types format setup clean
+.PHONY: help quickstart test slow cluster docs bench check lint types format setup clean
 
 help: ## this list
 	@sed -n 's/^# \{0,1\}//; /^$$/q; p' Makefile
@@ -41,6 +41,12 @@ slow: setup ## the slow tests that need no cluster
 # One more try for a test that failed, and the log says so: what they wait for are a machine's daemons.
 cluster: setup ## the tests on a SLURM of their own, started and stopped by them; needs its packages, ten minutes
 	@.venv/bin/python -m pytest -n 0 -m slurm --reruns 1 -raR $(PYTEST_ARGS)
+
+docs: setup ## the documentation as a site in build/docs, any warning an error; then the examples on its pages
+	@.venv/bin/python -c 'import furo, myst_parser' 2>/dev/null || .venv/bin/python -m pip install -q -e '.[docs]'
+	.venv/bin/python -m sphinx -q -E -W --keep-going -b html docs build/docs
+	.venv/bin/python -m pytest -q -n 0 tests/test_docs.py
+	echo "make: open build/docs/index.html" >&2
 
 bench: setup ## the benchmarks: tables, bars, a results file; half an hour on a quiet machine
 	@.venv/bin/python -m benchmarks $(BENCH_ARGS)

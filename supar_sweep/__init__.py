@@ -2,7 +2,7 @@
 the same hyperparameters.
 
 The public names for a model and a training loop of your own (docs/examples/mlp.py is a whole
-example):
+example)::
 
     tag                  say which role a parameter plays
     Method               which rules are in force

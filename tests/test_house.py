@@ -1,4 +1,4 @@
-"""The house's own rules: who imports whom, what `--help` loads, file sizes, the README's tree."""
+"""The house's own rules: who imports whom, what `--help` loads, file sizes, the tree in docs/architecture.md."""
 
 import ast
 import importlib
@@ -243,15 +243,15 @@ def test_no_file_holds(what: str) -> None:
         assert not found, f"{path} holds {what}"
 
 
-def readme_tree() -> set[str]:
-    """Paths in the README's tree: the fenced block whose first line starts with `supar-sweep/`.
+def documented_tree() -> set[str]:
+    """Paths in the tree of docs/architecture.md: the fenced block whose first line starts with `supar-sweep/`.
 
     One path a line, then what it is for. A line that stands deeper than a folder above it is in
     that folder; a folder ends in `/`.
     """
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = re.search(r"^```[a-z]*\nsupar-sweep/.*\n((?:(?!```).*\n)*)```", readme, re.MULTILINE)
-    assert block, "README.md has no fenced block that starts with supar-sweep/"
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    block = re.search(r"^```[a-z]*\nsupar-sweep/.*\n((?:(?!```).*\n)*)```", page, re.MULTILINE)
+    assert block, "docs/architecture.md has no fenced block that starts with supar-sweep/"
     paths: set[str] = set()
     folders: list[tuple[int, str]] = []
     for line in block.group(1).splitlines():
@@ -262,14 +262,14 @@ def readme_tree() -> set[str]:
         while folders and folders[-1][0] >= depth:
             folders.pop()
         path = (folders[-1][1] if folders else "") + name
-        assert path not in paths, f"{path} stands twice in the README's tree"
+        assert path not in paths, f"{path} stands twice in the tree of docs/architecture.md"
         paths.add(path)
         if name.endswith("/"):
             folders.append((depth, path))
     return paths
 
 
-def test_readme_tree_names_what_is_there() -> None:
+def test_the_documented_tree_names_what_is_there() -> None:
     in_repository: set[str] = set()
     wanted: set[str] = set()
     for path in git_files():
@@ -281,10 +281,10 @@ def test_readme_tree_names_what_is_there() -> None:
             wanted |= folders
             if path.endswith(".py") and parts[-1] != "__init__.py":
                 wanted.add(path)
-    tree = readme_tree()
+    tree = documented_tree()
     unnamed, gone = sorted(wanted - tree), sorted(tree - in_repository)
-    assert not unnamed, f"not in the README's tree: {' '.join(unnamed)}"
-    assert not gone, f"in the README's tree, but not in the repository: {' '.join(gone)}"
+    assert not unnamed, f"not in the tree of docs/architecture.md: {' '.join(unnamed)}"
+    assert not gone, f"in the tree of docs/architecture.md, but not in the repository: {' '.join(gone)}"
 
 
 def test_every_imported_package_is_declared() -> None:

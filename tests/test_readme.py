@@ -1,4 +1,7 @@
-"""What the README says is what the program does: its rule table, its example, its commands."""
+"""What README and docs show is what the program does: the rule table, the example, every command.
+
+tests/test_docs.py holds the pages themselves: their order, their examples, the names in them.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,21 @@ from supar_sweep.sweep.submission import Experiment
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    name: (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))))
+}
+# The pages whose `sh` blocks are run here, in this order. Those of docs/experiments.md are run by test_docs.
+RUN = (
+    "README.md",
+    "docs/commands.md",
+    "docs/verdict.md",
+    "docs/rules.md",
+    "docs/quickstart.md",
+    "docs/results/README.md",
+)
 
-# Added to the README's lines so that what trains takes seconds; everything else runs as it stands there.
+# Added to the pages' lines so that what trains takes seconds; everything else runs as it stands there.
 TINY = [
     "model.width=32",
     "model.d_head=8",
@@ -58,28 +74,42 @@ ON_SLURM = re.compile(r"^## On a SLURM cluster\n+```text\n(.*?)^```", re.M | re.
 
 
 def commands() -> list[list[str]]:
-    """Return the README's supar-sweep lines as words, in their order."""
-    lines = [line for block in re.findall(r"^```sh\n(.*?)^```", README, re.M | re.S) for line in block.splitlines()]
-    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("supar-sweep ")]
+    """Return the supar-sweep lines of README and docs as words, in their order, each once."""
+    blocks = [block for name in RUN for block in re.findall(r"^```sh\n(.*?)^```", PAGES[name], re.M | re.S)]
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("supar-sweep ")]
+    words = [tuple(shlex.split(line, comments=True)[1:]) for line in lines]
+    return [list(each) for each in dict.fromkeys(words)]
+
+
+def test_no_page_with_commands_is_left_out() -> None:
+    shown = {name for name, page in PAGES.items() if "```sh\n" in page}
+    assert shown == {*RUN, "docs/experiments.md"}
 
 
 def test_the_rule_table_is_the_one_that_the_program_prints() -> None:
-    assert markdown() in README
+    assert markdown() in PAGES["docs/rules.md"]
+
+
+def test_the_rows_of_the_readme_are_rows_of_the_rule_table() -> None:
+    shown = [line for line in README.splitlines() if line.startswith("|")]
+    assert len(shown) == 5
+    assert [line for line in shown if line not in markdown().splitlines()] == []
 
 
 def test_the_example_is_the_one_that_is_run() -> None:
-    example = (ROOT / "docs" / "examples" / "mlp.py").read_text(encoding="utf-8")
-    assert f"```python\n{example}```" in README
+    assert (ROOT / "docs" / "examples" / "mlp.py").is_file()
+    assert "```{literalinclude} examples/mlp.py\n" in PAGES["docs/own-model.md"]
 
 
 def test_every_command_is_shown() -> None:
     assert {words[0] for words in commands()} == set(COMMANDS)
 
 
-def test_every_picture_and_file_it_links_to_exists() -> None:
-    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
-    assert targets
-    assert [target for target in targets if not (ROOT / target).exists()] == []
+@pytest.mark.parametrize("name", PAGES)
+def test_every_picture_and_file_it_links_to_exists(name: str) -> None:
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", PAGES[name])
+    assert targets or name != "README.md"
+    assert [target for target in targets if not (ROOT / name).parent.joinpath(target).exists()] == []
 
 
 def test_its_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,7 +120,7 @@ def test_its_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         if words[0] == "cancel":  # nothing runs any more, and it says so
             assert code == 2
             assert "is not running" in shown.err
-        elif words[0] == "logs":  # the README's cell stands for one of the reader's
+        elif words[0] == "logs":  # the page's cell stands for one of the reader's
             assert code == 2
             assert "cell: is none of the" in shown.err
         elif words[0] == "export":  # so here
@@ -105,7 +135,7 @@ def test_its_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 def test_the_page_on_slurm_names_every_option_command_and_kind_of_end() -> None:
     from launchers.state import STATES
 
-    page = (ROOT / "docs" / "slurm.md").read_text(encoding="utf-8")
+    page = PAGES["docs/slurm.md"]
     options = yaml.safe_load((ROOT / "conf" / "launcher" / "slurm.yaml").read_text(encoding="utf-8"))
     assert [key for key in options if key != "name" and f"`{key}`" not in page] == []
     assert [

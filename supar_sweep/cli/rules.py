@@ -45,7 +45,7 @@ def rule_rows() -> list[dict[str, Any]]:
 
 
 def markdown() -> str:
-    """Return the rule table in Markdown, as the README shows it: roles with the same factors share a row."""
+    """Return the rule table in Markdown, as docs/rules.md shows it: roles with the same factors share a row."""
     factors = ("sp", "mup", "supar", "gpt2", "completep")
     grouped: dict[tuple[Any, ...], dict[str, list[str]]] = {}
     for row in rule_rows():

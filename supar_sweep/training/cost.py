@@ -12,7 +12,7 @@ BYTES = {"float32": 4, "bfloat16": 4, "float64": 8}
 
 COMPACT_FLOPS_MULT = 3.0
 """Time of a FLOP on a live weight of a compact layer over that of a dense matmul, with the compiled kernel: 2.5 at density 1/4,
-3 at 1/16, 3.7 at 1/64 (docs/design.md); about twice that without it. It orders cells and weighs the ETA, no more.
+3 at 1/16, 3.7 at 1/64 (docs/benchmarks.md); about twice that without it. It orders cells and weighs the ETA, no more.
 """
 
 WORTH_STACKING_FLOPS = {"cpu": 2e9, "cuda": 1e12}
