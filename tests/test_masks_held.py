@@ -1,28 +1,22 @@
-"""Dead weights and their gradients stay 0 however a model is copied, compiled and optimized; what moves them is found."""
+"""Optimizers that mix entries and hold masks all the same, and the check that finds what does not."""
 
 from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch import nn
 
 import supar_sweep
 from supar_sweep.errors import ConfigError, MaskError
-from supar_sweep.sparse.linear import attach_mask, let_dead_gradients_through, named_masks
-from supar_sweep.sparse.masks import dense_mask
-from supar_sweep.training import train
-from supar_sweep.training.corpus import Corpus, load_corpus
+from supar_sweep.sparse.linear import named_masks
 from supar_sweep.training.held_masks import check_masks, hold_masks
 from supar_sweep.training.model import build
 from supar_sweep.training.roles import param_groups
-from supar_sweep.training.run_cell import run_cell, run_cells
 from tests.masked_nets import (
     BECOMES,
     N_BLOCKS,
@@ -35,151 +29,11 @@ from tests.masked_nets import (
     n_dead_nonzero,
     planned,
 )
-from tests.short_runs import run
-from tests.test_mask_updates import SPARSITY
-from tests.tiny import end_of, folder_of, tiny_cell, tiny_job
+from tests.tiny import tiny_cell
 
 STEPS = 3
 
 
-def compiled(net: nn.Module, how: str, backend: str = "aot_eager") -> Callable[[Tensor], Tensor]:
-    """Compiled before it ever ran: no eager forward has seen its parameters."""
-    torch._dynamo.reset()
-    if how == "eager":
-        return net
-    if how == "whole":
-        whole: Callable[[Tensor], Tensor] = torch.compile(net, backend=backend, fullgraph=True)
-        return whole
-    for block in net.get_submodule("blocks").children():
-        block.compile(backend=backend, fullgraph=True)
-    return net
-
-
-def trained_well(net: nn.Module, forward: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """Take steps, and see that of gradients before clipping, and of weights after it, the live ones alone are not 0."""
-    start = {name: weight.detach().clone() for name, (weight, _) in masked_layers(net).items()}
-    for step in range(STEPS):
-        optimizer.zero_grad()
-        backward(forward, step)
-        for weight, mask in masked_layers(net).values():
-            assert weight.grad is not None
-            assert torch.equal(weight.grad != 0, mask)
-        nn.utils.clip_grad_norm_(net.parameters(), 0.1)
-        optimizer.step()
-    assert len(start) == N_BLOCKS
-    for name, (weight, mask) in masked_layers(net).items():
-        assert torch.equal(weight != 0, mask)
-        assert bool((weight != start[name])[mask].all())
-
-
-# torch's own, of a block whose input is another's output, masks or not
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("how", ["eager", "whole", "blocks"])
-@pytest.mark.parametrize("became", BECOMES)
-def test_whatever_a_model_becomes_its_masks_hold(became: str, how: str) -> None:
-    net = BECOMES[became](planned()[0])
-    trained_well(net, compiled(net, how), torch.optim.AdamW(net.parameters(), weight_decay=0.5))
-
-
-OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-    "adamw fused": lambda groups: torch.optim.AdamW(groups, fused=True),
-    "adamw foreach": lambda groups: torch.optim.AdamW(groups, foreach=True),
-    "adamw for-loop": lambda groups: torch.optim.AdamW(groups, foreach=False),
-    "sgd": lambda groups: torch.optim.SGD(groups, momentum=0.9),
-    "nadam": torch.optim.NAdam,
-}
-
-
-@pytest.mark.parametrize("how", ["eager", "whole"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_copys_masks_hold_under_every_optimizer(name: str, how: str) -> None:
-    net, plans = planned()
-    net = copy.deepcopy(net)
-    trained_well(net, compiled(net, how), OPTIMIZERS[name](groups_by_name(net, plans)))
-
-
-@pytest.mark.slow
-@pytest.mark.compiler
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("how", ["whole", "blocks"])
-def test_masks_hold_in_what_inductor_makes_of_a_copy(how: str) -> None:
-    net = copy.deepcopy(planned()[0])
-    trained_well(net, compiled(net, how, "inductor"), torch.optim.AdamW(net.parameters()))
-
-
-def test_gradients_that_autograd_returns_are_masked() -> None:
-    net = copy.deepcopy(planned()[0])
-    loss = net(inputs()).square().mean()
-    weights = [weight for weight, _ in masked_layers(net).values()]
-    for grad, (_, mask) in zip(torch.autograd.grad(loss, weights), masked_layers(net).values(), strict=True):
-        assert torch.equal(grad != 0, mask)
-
-
-def test_whoever_acts_on_a_gradient_as_soon_as_it_is_there_sees_it_masked() -> None:
-    """As an optimizer in the backward pass does, though it came before the mask."""
-    layer = nn.Linear(WIDTH, WIDTH)
-    seen: list[Tensor] = []
-    layer.weight.register_post_accumulate_grad_hook(lambda weight: seen.append(weight.grad.clone()))  # type: ignore[no-untyped-call]
-    mask = dense_mask(0, (WIDTH, WIDTH), 100)
-    attach_mask(layer, "weight", mask)
-    backward(layer)
-    assert torch.equal(seen[0] != 0, mask)
-
-
-def attention() -> tuple[nn.Module, Callable[[nn.Module], Any], list[str]]:
-    module = nn.MultiheadAttention(WIDTH, 2, bias=False)
-    return module, lambda module: module(inputs(), inputs(1), inputs(2))[0], ["in_proj_weight", "out_proj.weight"]
-
-
-def lstm() -> tuple[nn.Module, Callable[[nn.Module], Any], list[str]]:
-    return nn.LSTM(WIDTH, WIDTH), lambda module: module(inputs())[0], ["weight_ih_l0", "weight_hh_l0"]
-
-
-@pytest.mark.parametrize("became", BECOMES)
-@pytest.mark.parametrize("made", [attention, lstm])
-def test_layers_whose_forward_nobody_calls_are_masked_too(made: Callable[[], Any], became: str) -> None:
-    module, output, names = made()
-    for name in names:
-        owner, _, local_name = name.rpartition(".")
-        shape = module.get_parameter(name).shape
-        attach_mask(module.get_submodule(owner), local_name, dense_mask(0, (shape[0], shape[1]), shape.numel() // 4))
-    module = BECOMES[became](module)
-    masks = named_masks(module)
-    assert sorted(masks) == sorted(names)
-    output(module).square().sum().backward()
-    for name, mask in masks.items():
-        grad = module.get_parameter(name).grad
-        assert grad is not None
-        assert not grad[~mask].any()
-        assert grad[mask].any()
-
-
-def test_copies_share_neither_masks_nor_what_may_pass() -> None:
-    net = planned()[0]
-    twin = copy.deepcopy(net)
-    let_dead_gradients_through(twin, True)
-    twin.get_buffer("blocks.0.fc.weight_mask").fill_(True)
-    backward(net)
-    backward(twin)
-    for weight, mask in masked_layers(net).values():
-        assert torch.equal(weight.grad != 0, mask)  # type: ignore[arg-type]
-    assert all(bool(weight.grad.all()) for weight, _ in masked_layers(twin).values() if weight.grad is not None)
-
-
-def test_torch_func_computes_with_a_masked_module() -> None:
-    net = planned()[0]
-    tensors = {name: value.detach() for name, value in net.named_parameters()}
-
-    def loss(tensors: dict[str, Tensor]) -> Tensor:
-        return torch.func.functional_call(net, tensors, (inputs(),)).square().mean()
-
-    grads = torch.func.grad(loss)(tensors)
-    assert grads["head.weight"].any()
-    backward(net)  # its own parameters are back, with their masks
-    assert all(torch.equal(weight.grad != 0, mask) for weight, mask in masked_layers(net).values())  # type: ignore[arg-type]
-
-
-# ---------------------------------------------------------------- optimizers that mix entries
 def muon_and_adamw(net: nn.Module, plans: Any) -> list[torch.optim.Optimizer]:
     hidden = [plan for plan in plans if plan.role == "hidden_residual"]
     rest = [plan for plan in plans if plan not in hidden]
@@ -261,7 +115,7 @@ def test_copies_of_an_optimizer_hold_masks_too(how: str) -> None:
 @pytest.mark.parametrize("kind", ["fused", "foreach"])
 def test_gradients_written_by_hand_are_held(kind: str) -> None:
     net, plans = planned()
-    optimizer = OPTIMIZERS[f"adamw {kind}"](param_groups(plans))
+    optimizer = torch.optim.AdamW(param_groups(plans), fused=kind == "fused", foreach=kind == "foreach")
     hold_masks(optimizer, plans)
     for _ in range(STEPS):
         for parameter in net.parameters():
@@ -437,88 +291,3 @@ def test_the_names_are_public() -> None:
     assert supar_sweep.hold_masks is hold_masks
     assert supar_sweep.named_masks is named_masks
     assert issubclass(supar_sweep.MaskError, supar_sweep.SuparError)
-
-
-# ---------------------------------------------------------------- our own loop
-@pytest.fixture(scope="module")
-def corpus() -> Corpus:
-    return load_corpus(tiny_cell().data)
-
-
-BAD_LR = 0.0123
-BAD_STEP = 5
-
-
-@pytest.fixture
-def corrupting() -> Iterator[None]:
-    """After its step BAD_STEP, an optimizer of this process whose lr is BAD_LR moves the dead weights of one layer."""
-    done: dict[int, int] = {}
-
-    def corrupt(optimizer: torch.optim.Optimizer, *_: object) -> None:
-        if optimizer.param_groups[0]["initial_lr"] != BAD_LR:
-            return
-        step = done[id(optimizer)] = done.get(id(optimizer), 0) + 1
-        if step == BAD_STEP:
-            weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-            weight = next(weight for weight in weights if weight.dim() == 2 and bool((weight == 0).any()))
-            with torch.no_grad():
-                weight[weight == 0] = 1e-6
-
-    handle = register_optimizer_step_post_hook(corrupt)
-    yield
-    handle.remove()
-
-
-@pytest.mark.parametrize(
-    ("every_steps", "runtime", "last_step"),
-    [
-        (100, {}, 12),  # before the result at the latest
-        (4, {}, 8),
-        (100, {"checkpoint_every_steps": 3}, 6),
-    ],
-)
-def test_a_cell_whose_dead_weights_move_fails_and_names_the_layer(
-    every_steps: int,
-    runtime: dict[str, Any],
-    last_step: int,
-    corrupting: None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(train, "MASK_CHECK_STEPS", every_steps)
-    job = tiny_job(tmp_path / "cells", runtime=runtime, **{"hparams.lr": BAD_LR})
-    assert run_cell(job) == "failed"
-    assert "blocks.0.attention.qkv.weight: " in end_of(job)["message"]
-    assert " dead weights are not 0. " in end_of(job)["message"]
-    assert folder_of(job).metrics()[-1]["step"] == last_step
-    saved = [path.name for path in folder_of(job).checkpoints.glob("step-*.pt")]
-    assert saved == (["step-00000003.pt"] if runtime else [])
-
-
-def test_its_company_goes_on(corrupting: None, tmp_path: Path) -> None:
-    jobs = [tiny_job(tmp_path / "cells", **{"hparams.lr": lr}) for lr in (0.01, BAD_LR, 0.02)]
-    ends: dict[str, str] = {}
-    run_cells(jobs, ended=lambda cell_id, end, _: ends.update({cell_id: end}))
-    assert [ends[job["cell_id"]] for job in jobs] == ["done", "failed", "done"]
-
-
-@pytest.mark.parametrize("name", [None, *SPARSITY])
-@pytest.mark.parametrize("accumulation_steps", [1, 2])
-def test_every_step_of_a_sound_run_passes(
-    name: str | None, accumulation_steps: int, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sparsity = {} if name is None else {"sparsity": SPARSITY[name]}
-    cell = tiny_cell(**{"train.steps": 20, "train.accumulation_steps": accumulation_steps, **sparsity})
-    unchecked = run(corpus, cell)[1].lines
-    monkeypatch.setattr(train, "MASK_CHECK_STEPS", 1)
-    outcome, sink = run(corpus, cell)
-    assert outcome.end == "done"
-    assert sink.lines == unchecked
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_a_diverged_run_stays_diverged(optimizer: str, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "MASK_CHECK_STEPS", 1)
-    settings = {"name": "sgd", "decay_mode": "scaled", "clip_norm": None, "momentum": 0.9}
-    cell = tiny_cell(**{"hparams.lr": 1e30, **({"optimizer": settings} if optimizer == "sgd" else {})})
-    assert run(corpus, cell)[0].end == "diverged"
