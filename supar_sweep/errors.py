@@ -71,6 +71,10 @@ class CheckpointError(SuparError):
     """A checkpoint that is torn, or belongs to another cell, mask or compute route."""
 
 
+class MaskError(SuparError):
+    """Weights that a mask keeps at 0 are not 0, or a mask is gone."""
+
+
 class RecordError(SuparError):
     """A record that cannot be read or written (torn file, full disk, read-only folder)."""
 

@@ -1,16 +1,20 @@
 """Masks on any module's parameters, and a linear layer with a choice of matmul.
 
 A mask is a bool buffer `<param>_mask` beside its parameter, so it is part of the state_dict and
-moves with the module. Dead weights are zeroed when the mask is attached or loaded; their gradients
-are zeroed as soon as autograd has accumulated them, before clipping or the optimizer can see them.
-A zero weight with zero gradients stays zero under AdamW and SGD, decay included, so the forward
-needs no mask at all.
+moves with the module. Dead weights are zeroed when the mask is attached or loaded. Their gradients
+are zeroed by a hook on the parameter, before autograd accumulates them. A zero weight with zero
+gradients stays zero under every optimizer that works element by element, decay included, so the
+forward needs no mask at all.
+
+A copy, unpickling, FSDP2 and load_state_dict(assign=True) put a new Parameter in the module, which has
+no hooks, and a compiled forward runs no Python that could notice. All of them write to the module's
+dict of parameters. So that dict is one of ours, which puts the hook on whatever is written there.
 """
 
 from __future__ import annotations
 
-import weakref
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +23,7 @@ from torch import Tensor, nn
 from supar_sweep.errors import ConfigError
 from supar_sweep.sparse.route import check_route, onednn_linear
 
-_NAMES = "_masked_param_names"
-_DENSE_GRADIENTS = "_dead_gradients_pass"
+_MASKS = "_supar_masks"
 
 
 def attach_mask(module: nn.Module, param_name: str, mask: Tensor, *, keep_full: bool = False) -> bool:
@@ -50,19 +53,14 @@ def attach_mask(module: nn.Module, param_name: str, mask: Tensor, *, keep_full: 
             value=f"{mask.dtype} {tuple(mask.shape)}",
             allowed=f"torch.bool {tuple(param.shape)}",
         )
-    masked: list[str] = module.__dict__.setdefault(_NAMES, [])
-    if param_name in masked:
+    if param_name in _masked_names(module):
         module.get_buffer(f"{param_name}_mask").copy_(mask)
     elif bool(mask.all()) and not keep_full:
         return False
     else:
         # a copy: the caller may go on to use or change its tensor
         module.register_buffer(f"{param_name}_mask", mask.detach().clone().to(param.device))
-        if not masked:
-            module.register_forward_pre_hook(_before_forward)
-            module.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
-        masked.append(param_name)
-    _ensure_hooks(module)
+        _add_name(module, param_name)
     _zero_own_dead(module)
     return True
 
@@ -85,8 +83,29 @@ def let_dead_gradients_through(module: nn.Module, passes: bool) -> None:
         passes: False, as at the start: they are zeroed as soon as they are there.
     """
     for child in module.modules():
-        if _masked_names(child):
-            child.__dict__[_DENSE_GRADIENTS] = passes
+        if masks := _masks_of(child):
+            masks.dead_gradients_pass = passes
+
+
+def part_here(mask: Tensor, tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a tensor and its mask as this process holds them: of a sharded one, the local shards, the tensor's as a view.
+
+    Args:
+        mask: of the whole tensor.
+        tensor: a parameter or its gradient, plain or a DTensor.
+    """
+    if type(tensor) in (Tensor, nn.Parameter) and type(mask) is Tensor:
+        return tensor, mask
+    from torch.distributed.tensor import DTensor, Replicate
+
+    if isinstance(mask, DTensor):  # tensor parallelism distributes buffers too: every process has the whole of it
+        mask = mask.full_tensor()
+    if not isinstance(tensor, DTensor):
+        return tensor, mask
+    whole = [Replicate()] * tensor.device_mesh.ndim
+    placements = [Replicate() if placement.is_partial() else placement for placement in tensor.placements]
+    everywhere = DTensor.from_local(mask, tensor.device_mesh, whole, run_check=False)
+    return tensor.to_local(), everywhere.redistribute(placements=placements).to_local()
 
 
 class MaskedLinear(nn.Module):
@@ -175,55 +194,124 @@ def set_route(module: nn.Module, route: str) -> int:
     return len(layers)
 
 
-class _GradientMask:
-    """The post-accumulate-grad hook of one masked parameter.
+class _Masks:
+    """What is masked in one module. Its parameters' dict and their hooks refer to this, and this to none of them: no cycle.
 
-    Its mask is looked up when called: loading or moving the module may have replaced it.
+    Args:
+        buffers: the module's own dict, where masks are looked up when needed: loading or moving replaces them.
     """
 
-    def __init__(self, module: nn.Module, name: str) -> None:
-        self.module = weakref.ref(module)  # weak: module -> parameter -> hook -> module is a cycle
-        self.name = name
+    def __init__(self, buffers: Mapping[str, Tensor | None]) -> None:
+        self.buffers = buffers
+        self.names: list[str] = []
+        self.dead_gradients_pass = False
 
-    def __call__(self, param: Tensor) -> None:
-        module = self.module()
-        if module is None or param.grad is None or module.__dict__.get(_DENSE_GRADIENTS, False):
+    def mask(self, name: str) -> Tensor:
+        """Return the mask of a parameter in `names`."""
+        mask = self.buffers[f"{name}_mask"]
+        assert mask is not None
+        return mask
+
+
+class _GradientMask:
+    """The hook of one masked parameter: it gets a gradient before it is accumulated, or returned by torch.autograd.grad."""
+
+    def __init__(self, masks: _Masks, name: str) -> None:
+        self.masks, self.name = masks, name
+
+    def __call__(self, grad: Tensor) -> Tensor | None:
+        if self.masks.dead_gradients_pass:
+            return None
+        local, mask = part_here(self.masks.mask(self.name), grad)
+        # not in place: autograd may use the same tensor elsewhere; as int8: torch converts a bool operand element by
+        # element, three times slower
+        masked = local * mask.view(torch.int8)
+        if local is grad:
+            return masked
+        from torch.distributed.tensor import DTensor
+
+        assert isinstance(grad, DTensor)
+        return DTensor.from_local(
+            masked, grad.device_mesh, grad.placements, run_check=False, shape=grad.shape, stride=grad.stride()
+        )
+
+
+class _Parameters(dict[str, nn.Parameter | None]):
+    """A module's dict of parameters: what becomes a masked parameter gets the hook.
+
+    Args:
+        masks: of the module.
+        parameters: what the module has.
+    """
+
+    def __init__(self, masks: _Masks, parameters: Mapping[str, nn.Parameter | None]) -> None:
+        super().__init__(parameters)
+        self.masks = masks
+        self.hook_all()
+
+    def __setitem__(self, name: str, parameter: nn.Parameter | None) -> None:
+        super().__setitem__(name, parameter)
+        if name in self.masks.names:
+            self._hook(name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Parameters, (self.masks, dict(self))
+
+    def hook_all(self) -> None:
+        """Put the hook on masked parameters that lack it."""
+        for name in self.masks.names:
+            self._hook(name)
+
+    def _hook(self, name: str) -> None:
+        parameter = self.get(name)
+        # torch.func puts tensors here that are no parameters, and cannot have hooks
+        if not isinstance(parameter, nn.Parameter) or not parameter.is_floating_point():
             return
-        mask = module.get_buffer(f"{self.name}_mask")
-        # as int8: torch converts a bool operand element by element, three times slower
-        param.grad.mul_(mask.view(torch.int8))
+        hooks: Mapping[int, Any] = parameter._backward_hooks or {}
+        if any(isinstance(hook, _GradientMask) and hook.masks is self.masks for hook in hooks.values()):
+            return
+        # a frozen parameter takes no hook, and nobody tells when it is trained again
+        requires_grad = parameter.requires_grad
+        parameter.requires_grad_(True).register_hook(_GradientMask(self.masks, name))  # type: ignore[no-untyped-call]
+        parameter.requires_grad_(requires_grad)
+
+
+def _masks_of(module: nn.Module) -> _Masks | None:
+    return module.__dict__.get(_MASKS)
 
 
 def _masked_names(module: nn.Module) -> list[str]:
-    return cast("list[str]", module.__dict__.get(_NAMES, []))
+    masks = _masks_of(module)
+    return [] if masks is None else masks.names
+
+
+def _add_name(module: nn.Module, name: str) -> None:
+    """Have a parameter masked by the buffer that was registered for it."""
+    masks = _masks_of(module)
+    if masks is None:
+        masks = module.__dict__[_MASKS] = _Masks(module._buffers)
+        module.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
+    masks.names.append(name)
+    _ensure_hooks(module)
 
 
 @torch.no_grad()
 def _zero_own_dead(module: nn.Module) -> None:
     for name in _masked_names(module):
+        local, mask = part_here(module.get_buffer(f"{name}_mask"), module.get_parameter(name))
         # masked_fill rather than a product: a dead entry may hold anything, NaN too
-        module.get_parameter(name).masked_fill_(~module.get_buffer(f"{name}_mask"), 0.0)
+        local.masked_fill_(~mask, 0.0)
 
 
 def _ensure_hooks(module: nn.Module) -> None:
-    """Put the gradient hook on parameters that lack it.
-
-    deepcopy, pickle and load_state_dict(assign=True) make new parameters, which carry no hooks.
-    """
-    for name in _masked_names(module):
-        param = module.get_parameter(name)
-        hooks: dict[int, Any] = getattr(param, "_post_accumulate_grad_hooks", None) or {}
-        mine = (h for h in hooks.values() if isinstance(h, _GradientMask))
-        if param.requires_grad and not any(h.module() is module for h in mine):
-            hook = _GradientMask(module, name)
-            param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-
-
-def _before_forward(module: nn.Module, args: tuple[Any, ...]) -> None:
-    if not torch.compiler.is_compiling():
-        _ensure_hooks(module)
+    masks, parameters = _masks_of(module), module._parameters
+    assert masks is not None
+    if isinstance(parameters, _Parameters):
+        parameters.hook_all()
+    else:
+        module.__dict__["_parameters"] = _Parameters(masks, parameters)
 
 
 def _after_load(module: nn.Module, incompatible_keys: object) -> None:
-    _ensure_hooks(module)
+    _ensure_hooks(module)  # torch may have swapped a parameter's insides
     _zero_own_dead(module)

@@ -17,6 +17,7 @@ from torch import Tensor
 from supar_sweep.config.schema import CellConfig, RuntimeConfig
 from supar_sweep.training.cohort import Cohort, stack_key
 from supar_sweep.training.corpus import Corpus, check_length
+from supar_sweep.training.held_masks import check_masks
 from supar_sweep.training.member import Member, Outcome, ShouldStop, Sink, Stop, stop_reason
 from supar_sweep.training.ranks import ALONE, Ranks
 from supar_sweep.training.trainer import Trainer, pick_device
@@ -48,6 +49,7 @@ def train(
     Raises:
         ConfigError: a setting that cannot be used on this machine, or a model that does not start
             as the rules say.
+        MaskError: a dead weight has moved.
         CheckpointError: the checkpoint's masks or shapes are not those of this cell.
         DataError: a corpus shorter than one batch or one evaluation.
     """
@@ -92,6 +94,12 @@ def _tell(cohort: Cohort, ended: Callable[[Run, Outcome | Exception], None]) -> 
     for run, end in cohort.take_ends():
         ended(run, end)
         run.release()
+
+
+MASK_CHECK_STEPS = 100
+"""Every so many steps, and before whatever is kept of a run, dead weights must be 0: a check reads each masked weight once
+and waits for the device, a hundredth to a tenth of a step.
+"""
 
 
 class Run:
@@ -159,6 +167,8 @@ class Run:
         begun_s = time.perf_counter()
         if eval_due and not diverged:
             diverged = self.member.observe_val(step, self.trainer.evaluate(self.corpus))
+        if not diverged and (last or save_due or step % MASK_CHECK_STEPS == 0):
+            check_masks(self.trainer.plans)
         if save_due and not diverged:
             self._save()
         self.aside_s = time.perf_counter() - begun_s
@@ -172,6 +182,7 @@ class Run:
             reason: why.
         """
         if not self._read() and self.step > self._saved_step:
+            check_masks(self.trainer.plans)
             self._save()
         self._end(reason)
 
