@@ -34,7 +34,7 @@ def test_torn_records_are_said_and_made_whole(capsys: pytest.CaptureFixture[str]
     assert "result.json is torn" in json.loads(out)["errors"][0]["message"]
     code, out, err = call(capsys, "run", *GRID, "format=json")
     assert (code, json.loads(out)["done"]) == (0, 1)
-    assert "a torn record, which is set aside: trained again" in err
+    assert "with a torn record: trained again" in err
     assert (folder / "result.json.corrupt").exists()
     assert losses() == whole
 

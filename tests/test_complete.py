@@ -165,7 +165,7 @@ def test_a_torn_record_is_set_aside_and_trained_again(runs_dir: Path, content: s
     assert [row["end"] for row in rows(experiment(runs_dir), plan)] == ["corrupt", "done"]
     summary = run(runs_dir, plan, told)
     assert (summary.complete, summary.skipped) == (True, 1)
-    assert "1 cell had a torn record, which is set aside" in told.messages[0]
+    assert "1 cell with a torn record: trained again" in told.messages[0]
     assert (torn.path / "result.json.corrupt").read_text() == content
 
 

@@ -22,6 +22,7 @@ from supar_sweep.cli.launch import (
     price,
     processes_of,
     ranks_for,
+    say_other_optimizer,
     shape_key,
     sizes,
     with_threads,
@@ -57,6 +58,7 @@ def plan(settings: Settings) -> int:
     test_only = _test_only(settings, local)
     grid = freeze(settings)
     say_idle(grid)
+    say_other_optimizer(settings, grid.cells.values())
     found = with_queue(settings, states(experiment_of(settings), grid.plan))
     left = {this: cell for this, cell in grid.cells.items() if not found[this].complete}
     settings = with_threads(settings, left.values())

@@ -209,7 +209,7 @@ class _Run:
         self.todo = deque(sorted(self.todo, key=lambda this: -self.prices[this].cost))
         if corrupt:
             self.progress.message(
-                f"{_cells(len(corrupt))} had a torn record, which is set aside: trained again "
+                f"{_cells(len(corrupt))} with a torn record: trained again, from the newest checkpoint where there is one "
                 f"({self._name(corrupt[0])}: {self.states[corrupt[0]].message})"
             )
         if self.elsewhere:
