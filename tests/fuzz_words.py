@@ -12,7 +12,7 @@ import yaml
 from hypothesis import strategies as st
 
 from supar_sweep.cli.main import COMMANDS
-from supar_sweep.cli.settings import CELL_KEYS, NO_CELL, OUTPUT, READS
+from supar_sweep.cli.settings import READS, sections_of
 from supar_sweep.config.schema import CellConfig, RuntimeConfig
 from supar_sweep.config.study import StudyConfig
 
@@ -91,6 +91,9 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
 WEIGHTS = {"plan": 6, "run": 3, "tune": 3, "transfer": 3, "rules": 2, "calibrate": 2, "quickstart": 2, "status": 2}
 
 
+Key = tuple[str, tuple[str, ...]]
+
+
 @dataclass(frozen=True)
 class Line:
     """A command line.
@@ -105,10 +108,12 @@ class Line:
 
 
 @cache
-def keys(command: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """Return every key of a command, and the group's option that has it, if any: ("launcher.nodes", ("launcher=slurm",))."""
-    tops = {"runs_dir", "format", *READS[command], *(() if command in NO_CELL else (*CELL_KEYS, *OUTPUT))}
-    found: dict[tuple[str, tuple[str, ...]], None] = {}
+def keys(command: str) -> dict[str, list[Key]]:
+    """Return every key of a command, and the group's option that has it, if any, by section:
+    {"launcher": [("launcher.nodes", ("launcher=slurm",)), ...], ...}.
+    """
+    tops = sections_of(command)
+    found: dict[Key, None] = {}
     for path in sorted(CONF.glob("*.yaml")):
         if path.stem.startswith("_") or path.stem == command:
             found |= {(key, ()): None for key in _flat(yaml.safe_load(path.read_text()))}
@@ -124,7 +129,11 @@ def keys(command: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
         found |= {(key, chosen): None for key in _flat(own)}
     for section, cls in {"": CellConfig, "runtime": RuntimeConfig, "study": StudyConfig}.items():
         found |= {(f"{section}.{key}".lstrip("."), ()): None for key in _of_schema(cls)}
-    return tuple(entry for entry in found if entry[0].partition(".")[0] in tops)
+    sections: dict[str, list[Key]] = {}
+    for entry in found:
+        if (top := entry[0].partition(".")[0]) in tops:
+            sections.setdefault(top, []).append(entry)
+    return sections
 
 
 def _flat(plain: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -151,7 +160,8 @@ def lines(draw: st.DrawFn) -> Line:
     words: list[str] = []
     wrong: list[str] = []
     for _ in range(draw(st.sampled_from((1, 1, 1, 2)))):
-        key, chosen = draw(st.sampled_from(keys(command)))
+        sections = keys(command)
+        key, chosen = draw(st.sampled_from(sections[draw(st.sampled_from(list(sections)))]))
         axis = draw(st.sampled_from((*(4 * (False,)), True)))
         if axis and "experiment" in READS[command]:
             key, chosen = draw(st.sampled_from(("experiment.axes.", "experiment.by."))) + key, ()

@@ -272,7 +272,9 @@ def test_dependent_axes_count_by_the_values_that_they_have_where(
         ("plan +model.width=3", "model.width: is there already; allowed: model.width=..., without the +"),
         ("plan +model=paper", "model: has an option already"),
         ("plan ~model.widht", "model.widht: unknown key for plan; did you mean 'model.width'?"),
-        ("plan ~model", "model: is missing"),
+        ("plan ~model", "model: is missing, and the command reads it; allowed: gpt, paper"),
+        ("plan tuned_at.bias=[1] hparams=cpu", "tuned_at.bias: must be one value (got [1])"),
+        ("export checkpoint=x to=''", "to: must be a path (got '')"),
         (
             "plan optimizer=sgd optimizer.beta1=0.9",
             "optimizer.beta1: is not a setting of optimizer=sgd; optimizer=adamw has it; allowed: optimizer.name, ",

@@ -94,8 +94,8 @@ def wrong_refusal(line: Line, out: str, err: str) -> str | None:
         return f"no error: {err}"
     if twice := re.search(r"^supar-sweep: (\S+): .*did you mean '\1'\?", said):
         return f"contradicts itself: {twice[0]}"
-    if line.words[0] == "cancel" and "is not running" in said:
-        return None  # nothing was wrong with the words
+    if any(text in said for text in ("experiment single is not running", "checkpoint: is not there")):
+        return None  # not the fault of these words
     if not any(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", said) for word in line.wrong for name in names(word)):
         return f"names no key: {said}"
     return None

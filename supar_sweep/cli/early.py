@@ -36,7 +36,7 @@ def check_early(config: DictConfig, sections: Sequence[str]) -> None:
     for name in sections:
         if name not in nodes:
             raise ConfigError(
-                name, "is missing, and the command reads it", allowed=_options(name) or f"without ~{name}"
+                name, "is missing, and the command reads it", allowed=_options(name) or f"leave out ~{name}"
             )
     for name in ("launcher", "runtime", "experiment"):
         node = nodes.get(name)
@@ -135,6 +135,19 @@ def check_path(key: str, value: Any, *, missing: bool = False) -> None:
             Path(value).expanduser()
         except RuntimeError:
             raise ConfigError(key, "names the home of a user who does not exist", value=value) from None
+
+
+def check_tuned_at(value: Any) -> None:
+    """Raise ConfigError where what is known of the proxy is not a value by each name.
+
+    Args:
+        value: of `tuned_at`, resolved.
+    """
+    if not isinstance(value or {}, dict):
+        raise ConfigError("tuned_at", "must map what is known of the proxy to its value", value=value)
+    for name, known in (value or {}).items():
+        if isinstance(known, list) or (isinstance(known, dict) and name != "optimizer"):
+            raise ConfigError(f"tuned_at.{name}", "must be one value", value=known)
 
 
 def check_scale(config: DictConfig, typed: dict[str, str]) -> None:

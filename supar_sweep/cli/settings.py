@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from supar_sweep.cli.early import check_early, check_path, check_scale, resolved
+from supar_sweep.cli.early import check_early, check_path, check_scale, check_tuned_at, resolved
 from supar_sweep.cli.idle import (
     refuse_idle_evaluation,
     refuse_idle_masks,
@@ -57,8 +57,7 @@ class Settings:
         Raises:
             ConfigError: an unknown key, format or scale, an hparams_file that cannot be read.
         """
-        own = () if command not in READS else (*OUTPUT, *READS[command])
-        check_early(config, [key for key in own if command not in NO_CELL or key not in ("hparams_file", "tuned_at")])
+        check_early(config, sections_of(command))
         check_scale(config, dict(text.lstrip("+").split("=", 1) for text in overrides if "=" in text))
         check_path("hparams_file", config.get("hparams_file"), missing=True)
         winner = None
@@ -83,8 +82,7 @@ class Settings:
             if top in plain and top not in (own if top in added_tops else (*CELL_KEYS, *SECTIONS)):
                 raise ConfigError(top, f"unknown key for {command}", allowed=own, nearest_to=top)
         check_path("runs_dir", plain.get("runs_dir"))
-        if not isinstance(plain.get("tuned_at") or {}, Mapping):
-            raise ConfigError("tuned_at", "must map what is known of the proxy to its value", value=plain["tuned_at"])
+        check_tuned_at(plain.get("tuned_at"))
         allowed = (*FORMATS, *FURTHER_FORMATS.get(command, ()))
         if plain["format"] not in allowed:
             raise ConfigError("format", f"no such format of {command}", value=plain["format"], allowed=allowed)
@@ -209,6 +207,14 @@ SECTIONS = tuple(dict.fromkeys((*OUTPUT, *(key for keys in READS.values() for ke
 
 NO_CELL = ("export", "logs")
 """Commands without a cell's settings: a record says what cell it is of."""
+
+
+def sections_of(command: str) -> tuple[str, ...]:
+    """Return every top-level key that a command's config has; none for a word that is no command."""
+    if command in NO_CELL:
+        return ("runs_dir", "format", *READS[command])
+    return (*CELL_KEYS, *OUTPUT, *READS[command]) if command in READS else ()
+
 
 FURTHER_FORMATS = {"transfer": ("yaml",), "rules": ("markdown",)}
 """Formats that a command has besides those of every table."""
