@@ -220,6 +220,7 @@ def test_data_that_cannot_serve_stops_every_command_before_it_begins(
         ("plan hparams.init_std=1e-320", "hparams.init_std: out of range"),
         ("plan hparams.weight_decay=1e308", "hparams.weight_decay: out of range"),
         ("plan optimizer.eps=1e-320", "optimizer.eps: out of range"),
+        ("rules model.width=1000000 model.n_layer=10000", "model: has 1.2e+17 parameters, which are more than fit"),
         ("rules base.width=1e308", "base.width: out of range"),
         ("tune study.n_trials=1e308", "study.n_trials: out of range"),
     ],

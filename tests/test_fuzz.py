@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -20,7 +19,6 @@ from supar_sweep.training.cost import count_parameters, flops_per_step, memory_g
 from tests.fuzz_words import Line, lines
 
 ROOT = Path(__file__).resolve().parent.parent
-CASES = int(os.environ.get("SUPAR_FUZZ_CASES", "200"))
 Run = Callable[[Line], dict[str, Any]]
 TINY = (
     *("model.width=16", "model.d_head=8", "model.context_tokens=8", "model.n_layer=1", "base.width=16"),
@@ -57,9 +55,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     server.stdout.close()
 
 
-@settings(max_examples=CASES, suppress_health_check=list(HealthCheck), deadline=None)
+@settings(max_examples=200, suppress_health_check=list(HealthCheck))
 @given(line=lines())
 def test_whatever_is_typed_is_refused_by_name_or_makes_sense(run: Run, line: Line) -> None:
+    assert wrong_with(line, run(line)) is None
+
+
+@pytest.mark.slow
+@settings(max_examples=2000, suppress_health_check=list(HealthCheck))
+@given(line=lines())
+def test_and_so_in_many_more_cases(run: Run, line: Line) -> None:
     assert wrong_with(line, run(line)) is None
 
 
@@ -102,10 +107,11 @@ def wrong_refusal(line: Line, out: str, err: str) -> str | None:
 
 
 def names(word: str) -> list[str]:
-    """Return by what an error may name a word: its key, the key's last part, the section."""
-    key = word.lstrip("+~").partition("=")[0].partition("@")[0]
-    parts = key.split(".")
-    return [key, parts[-1], parts[-2] if len(parts) > 1 else key, parts[0]]
+    """Return by what an error may name a word: its key, the last part of it, the section; or the value, unless it is short."""
+    key, _, value = word.lstrip("+~").partition("=")
+    value = value.strip("'\"")
+    parts = (key := key.partition("@")[0]).split(".")
+    return [key, parts[-1], parts[-2] if len(parts) > 1 else key, parts[0], *([value] if len(value) > 2 or key == "runs_dir" else [])]
 
 
 def check_output(line: Line, out: str) -> None:
