@@ -109,9 +109,10 @@ def wrong_refusal(line: Line, out: str, err: str) -> str | None:
 def names(word: str) -> list[str]:
     """Return by what an error may name a word: its key, the last part of it, the section; or the value, unless it is short."""
     key, _, value = word.lstrip("+~").partition("=")
-    value = value.strip("'\"")
-    parts = (key := key.partition("@")[0]).split(".")
-    return [key, parts[-1], parts[-2] if len(parts) > 1 else key, parts[0], *([value] if len(value) > 2 or key == "runs_dir" else [])]
+    key, value = key.partition("@")[0], value.strip("'\"")
+    parts = key.split(".")
+    found = [key, parts[-1], parts[-2] if len(parts) > 1 else key, parts[0]]
+    return [*found, value] if len(value) > 2 or key == "runs_dir" else found
 
 
 def check_output(line: Line, out: str) -> None:
