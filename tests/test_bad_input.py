@@ -28,13 +28,16 @@ def test_each_command_knows_its_own_sections(command: str) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ("tune study.space.lrr={low_log2:-3,high_log2:0}", "study.space.lrr: is no hyperparameter; did you mean 'lr'?"),
+        (
+            "tune study.space.lrr={low_log2:-3,high_log2:0}",
+            "study.space.lrr: is not a hyperparameter; did you mean 'lr'?",
+        ),
         ("tune study.space={}", "study.space: is empty"),
         ("tune study.space.lr=3", "study.space.lr: must be a mapping"),
         ("tune study.space.lr={low_log2:-3}", "study.space.lr.high_log2: is missing"),
         ("tune study.space.lr.low_log2=5", "study.space.lr.low_log2: must be below high_log2 = -3"),
         ("tune study.space.lr.high_log2=inf", "study.space.lr.high_log2: out of range (got inf); allowed: -100 .. 100"),
-        ("tune study.name=../x", "study.name: is no name (got '../x'); allowed: a folder name"),
+        ("tune study.name=../x", "study.name: cannot be the name of a folder (got '../x')"),
         ("tune study.confirm_seeds=[1,1]", "study.confirm_seeds: must be different seeds (got [1, 1])"),
         ("tune study.confirm_seeds=[-1]", "study.confirm_seeds: must be different seeds (got [-1])"),
         (
@@ -193,3 +196,193 @@ def test_data_that_cannot_serve_stops_every_command_before_it_begins(
     for word in ("plan", "run", "tune", "quickstart"):
         assert says in refused(capsys, word, *CELL, *data)
     assert not (here / "runs").exists()
+
+
+# -- bounds, before anything is enumerated ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("plan experiment.axes.lr={log2:[-9,-3],step:1e-9}", "experiment.axes.lr: has too many values"),
+        ("plan experiment.axes.lr={mult_log2:[-9,-3],step:1e-9}", "experiment.axes.lr: has too many values"),
+        ("plan experiment.axes.lr={log2:[-9,2000],step:1}", "experiment.axes.lr: reaches beyond"),
+        ("plan experiment.axes.lr={log2:[-1e6,1e6],step:1}", "allowed: octaves from -100 to 100"),
+        (
+            "plan experiment.axes.lr={log2:[-9,-3],step:0.001} experiment.axes.init_std={log2:[-9,-3],step:0.1}",
+            # 6 / 0.001 + 1 values times 6 / 0.1 + 1
+            "experiment.axes: make 366,061 cells (6,001 of lr x 61 of init_std); allowed: up to 100,000",
+        ),
+        ("plan model.n_layer=1000000", "model.n_layer: out of range (got 1000000); allowed: >= 1 and <= 10000"),
+        ("plan base.width=1e308", "base.width: out of range"),
+        ("plan base.n_layer=1e308", "base.n_layer: out of range"),
+        ("plan train.steps=1e308", "train.steps: out of range"),
+        ("plan train.steps=99999999999999999999999", "train.steps: out of range"),
+        ("plan model.ffn_mult=1e23", "model.ffn_mult: out of range (got 1e+23); allowed: > 0 and <= 1000"),
+        ("plan runtime.threads=1e308", "runtime.threads: out of range"),
+        ("plan runtime.checkpoint_every_s=1e308", "runtime.checkpoint_every_s: out of range"),
+        (
+            "plan hparams.lr=1e308",
+            "hparams.lr: out of range (got 1e+308); allowed: 7.9e-31 .. 1.3e+30 (2^-100 .. 2^100)",
+        ),
+        ("plan hparams.init_std=1e-320", "hparams.init_std: out of range"),
+        ("plan hparams.weight_decay=1e308", "hparams.weight_decay: out of range"),
+        ("plan optimizer.eps=1e-320", "optimizer.eps: out of range"),
+        ("rules model.width=1000000 model.n_layer=10000", "model: has 1.2e+17 parameters, which are more than fit"),
+        ("rules base.width=1e308", "base.width: out of range"),
+        ("tune study.n_trials=1e308", "study.n_trials: out of range"),
+    ],
+)
+def test_what_is_too_much_is_refused_at_once(
+    capsys: pytest.CaptureFixture[str], here: Path, words: str, says: str
+) -> None:
+    word, *rest = words.split()
+    assert says in refused(capsys, word, *CELL, *rest)
+
+
+def test_dependent_axes_count_by_the_values_that_they_have_where(
+    capsys: pytest.CaptureFixture[str], here: Path
+) -> None:
+    words = (
+        "experiment.axes.density=[1,0.5]",
+        "experiment.axes.lr={log2: [-9, -3], step: 0.001}",
+        "experiment.by={density: {1.0: {init_std: {log2: [-9, -3], step: 0.5}}, 0.5: {init_std: [0.1]}}}",
+    )
+    # (6 / 0.5 + 1) + 1 of density with its init_std, times 6001 of lr: 84,014 are allowed
+    code, _, err = call(capsys, "transfer", *CELL)
+    assert code == 0, err
+    says = refused(capsys, "plan", *CELL, *words, "experiment.axes.seed=[0,1]")
+    assert f"experiment.axes: make {14 * 6001 * 2:,} cells (14 of density x 6,001 of lr x 2 of seed)" in says
+
+
+# -- a wrong value by its own name, though others are computed from it ----------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("plan train.steps=abc", "train.steps: must be an integer (got 'abc')"),
+        ("plan train.steps=[1,2]", "train.steps: must be an integer (got [1, 2])"),
+        ("plan train.steps=null", "train.steps: must be an integer (got None)"),
+        ("plan train.steps=nan", "train.steps: must be an integer (got nan)"),
+        ("tune base=null", "model.width: cannot be worked out: "),
+        ("plan hparams.lr=${hparams.lr}", "hparams.lr: cannot be worked out: Recursive interpolation detected"),
+        ("plan model.width=${no.such}", "model.width: cannot be worked out: Interpolation key 'no.such' not found"),
+        ("plan scales=3", "scales: must map each scale"),
+        ("plan experiment.plot=3", "experiment.plot: must be a mapping"),
+        ("plan experiment.plot=abc", "experiment.plot: must be a mapping"),
+        ("plan tuned_at=3", "tuned_at: must map what is known of the proxy"),
+        ("plan launcher=[]", "launcher: is missing, and the command reads it; allowed: dev_cluster, local, slurm"),
+        ("plan runtime=[]", "runtime: is missing"),
+        ("plan ~launcher", "launcher: is missing"),
+        ("quickstart ~figure", "figure: is missing"),
+        ("plan model=3", "model: must be one of its options (got '3'); allowed: gpt, paper"),
+        ("plan scale=0", "scale: must be one of its options (got '0'); allowed: cpu, gpu1, paper"),
+        ("plan +model.width=3", "model.width: is there already; allowed: model.width=..., without the +"),
+        ("plan +model=paper", "model: has an option already"),
+        ("plan ~model.widht", "model.widht: unknown key for plan; did you mean 'model.width'?"),
+        ("plan ~model", "model: is missing, and the command reads it; allowed: gpt, paper"),
+        ("plan tuned_at.bias=[1] hparams=cpu", "tuned_at.bias: must be one value (got [1])"),
+        ("export checkpoint=x to=''", "to: must be a path (got '')"),
+        (
+            "plan optimizer=sgd optimizer.beta1=0.9",
+            "optimizer.beta1: is not a setting of optimizer=sgd; optimizer=adamw has it; allowed: optimizer.name, ",
+        ),
+        ("plan launcher=slurm launcher.processes=3", "is not a setting of launcher=slurm; launcher=local has it"),
+        ("plan launcher=slurm launcher.name=local", "launcher.name: does not go with the launcher's other settings"),
+        ("plan hparams.lr.more=3", "hparams.lr.more: unknown key for plan: hparams.lr is a value, not a section"),
+        ("plan hparams.lr=range(1,3)", "several are an axis: experiment.axes.hparams.lr=[...]"),
+        ("plan hparams_file=''", "hparams_file: must be a path (got '')"),
+        ("plan runs_dir=''", "runs_dir: must be a path (got '')"),
+        ("plan runs_dir=~no-such-user/x", "runs_dir: names the home of a user who does not exist"),
+        (f"plan experiment.name={300 * 'x'}", "experiment.name: is too long: 300 bytes (got 'xxxx"),
+        (f"plan runs_dir={300 * 'y'}", "runs_dir: is too long: 300 bytes"),
+        (
+            "plan --config-dir=/no-such-folder",
+            "--config-dir: is not a folder (got '/no-such-folder'); allowed: a folder",
+        ),
+        ("plan --config-name=nope", "--config-name: is set by the command (got 'nope'); allowed: leave it out"),
+        ("plan train.target=''", "train.target: is not a dotted path of a function (got '')"),
+        ("plan train.target=abc", "train.target: is not a dotted path of a function (got 'abc')"),
+        ("plan train.target=no_such_module.train", "train.target: cannot be found (got 'no_such_module.train')"),
+        (
+            "transfer target.width=4",
+            "target.width: must be a multiple of d_head = 32 (got 4); allowed: 32, or a multiple",
+        ),
+        ("transfer target.density=1e-300", "density: leaves layer"),
+        ("run experiment=lr_basins scale=cpu", "hparams=cpu train=short"),
+    ],
+)
+def test_the_error_names_what_was_typed(capsys: pytest.CaptureFixture[str], here: Path, words: str, says: str) -> None:
+    word, *rest = words.split()
+    assert says in refused(capsys, word, *rest)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\0b", "a\x1bb"])
+def test_a_name_has_no_control_characters(capsys: pytest.CaptureFixture[str], here: Path, name: str) -> None:
+    assert "experiment.name: cannot be the name of a folder" in refused(capsys, "plan", f"experiment.name='{name}'")
+    assert "runs_dir: must be a path without line breaks" in refused(capsys, "plan", f"runs_dir='{name}'")
+
+
+def test_the_words_that_stand_for_a_scale_make_its_cell(capsys: pytest.CaptureFixture[str], here: Path) -> None:
+    from supar_sweep.cli.settings import Settings
+
+    said = refused(capsys, "run", "experiment=lr_basins", "scale=cpu")
+    words = tuple(said.partition("write what you want of it: ")[2].split())
+    made, of_scale = (Settings.read("plan", compose("plan", typed), typed).cell() for typed in (words, ("scale=cpu",)))
+    # but for what it computes from other settings
+    assert (made.model, made.hparams, made.base, made.train.steps) == (
+        of_scale.model,
+        of_scale.hparams,
+        of_scale.base,
+        of_scale.train.steps,
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            "plan train.eval_every_steps=5",
+            "train.eval_every_steps: has no effect: no run has more than 4 steps (got 5)",
+        ),
+        (
+            "plan runtime.checkpoint_every_steps=5",
+            "runtime.checkpoint_every_steps: has no effect: no run has more than 4",
+        ),
+        ("plan runtime.compute=compact", "runtime.compute: has no effect at density 1"),
+        ("tune runtime.compute=compact", "runtime.compute: has no effect at density 1"),
+    ],
+)
+def test_what_no_run_comes_to_has_no_effect(
+    capsys: pytest.CaptureFixture[str], here: Path, words: str, says: str
+) -> None:
+    word, *rest = words.split()
+    assert says in refused(capsys, word, *CELL, *rest)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train.eval_every_steps=4",
+        "train=paper",  # its own 100 is more than the 4 steps that were typed
+        "experiment.axes.train.steps=[2,8] train.eval_every_steps=5 train.summary_last_steps=1 schedule=constant",
+        "train.divergence_patience_steps=1000",  # never
+        "runtime.compute=compact experiment.axes.density=[1,0.5]",
+    ],
+)
+def test_what_some_run_comes_to_may_be_typed(capsys: pytest.CaptureFixture[str], here: Path, words: str) -> None:
+    cell = [word for word in CELL if not word.startswith("train.steps")] if "train.steps" in words else CELL
+    code, _, err = call(capsys, "plan", *cell, "model.width=16", *words.split())
+    assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    ("words", "warned"), [("", False), ("optimizer=sgd", True), ("optimizer=sgd hparams.lr=1", False)]
+)
+def test_a_tuned_lr_is_one_of_its_optimizer(
+    capsys: pytest.CaptureFixture[str], here: Path, words: str, warned: bool
+) -> None:
+    code, _, err = call(capsys, "plan", "hparams=paper", *words.split())
+    assert code == 0, err
+    assert ("warning: the hyperparameters were tuned with adamw" in err) == warned

@@ -215,7 +215,7 @@ def test_real_cells_are_added_with_all_else_the_same(capsys: pytest.CaptureFixtu
 
 
 def test_lines_with_failed_cells_wait(capsys: pytest.CaptureFixture[str], runs_dir: Path) -> None:
-    words = (*KNOWN, *AXES, f"runs_dir={runs_dir}", "extend=true", "train.target=no_such_module.train")
+    words = (*KNOWN, *AXES, f"runs_dir={runs_dir}", "extend=true", "train.target=json.no_such_function")
     code, _, err = call(capsys, "run", *words)
     assert code == 1
     assert "extend: 3 lines have runs without a result and are not looked at" in err

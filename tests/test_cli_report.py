@@ -34,7 +34,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert main(["run", *common, *axes, tuned, "experiment.name=grid"]) == 0
     broken = (
         "experiment.axes.lr=[0.01,0.02]",
-        "experiment.axes.train.target=[null,no_such_module.train]",
+        "experiment.axes.train.target=[null,json.no_such_function]",
         "model.width=16",
     )
     assert main(["run", *common, *broken, "experiment.name=broken"]) == 1
@@ -101,7 +101,7 @@ def test_a_grid_that_was_never_run_is_refused(runs: Path, capsys: pytest.Capture
 
 def test_a_grid_without_a_result_is_refused(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = (*CELL, "launcher.processes=1", f"runs_dir={runs}", "model.width=16", "experiment.name=none")
-    assert main(["run", *words, "train.target=no_such_module.train"]) == 1
+    assert main(["run", *words, "train.target=json.no_such_function"]) == 1
     capsys.readouterr()
     error = refused(capsys, "report", f"runs_dir={runs}", "experiment.name=none")
     assert "no cell is complete yet (1 failed)" in error

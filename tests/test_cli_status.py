@@ -96,7 +96,7 @@ def test_ctrl_c_leaves_the_watch_quietly(here: Path) -> None:
         (("status", *NAME, "watch=often"), "watch: must be true or false (got 'often')"),
         (("logs",), "cell: must be set"),
         (("logs", "x", "lines=0"), "lines: must be a whole number (got 0); allowed: >= 1"),
-        (("logs", "x"), "cell: is none of the 0 of runs (got 'x')"),
+        (("logs", "x"), "cell: is none of the 0 cells of runs (got 'x')"),
     ],
 )
 def test_wrong_requests_are_refused(

@@ -194,7 +194,7 @@ def test_ten_thousand_cells() -> None:
         (
             {"by": {"density": {1: {"lr": [1]}}}},
             "experiment.by.density",
-            "is no axis of this grid",
+            "is not an axis of this grid",
         ),
         (
             {
@@ -288,7 +288,7 @@ def test_a_range_around_the_base_value_follows_it() -> None:
     [
         ({"position": {"mult_log2": [-1, 1]}}, "multiplies the base value, which must be a number > 0"),
         ({"lr": {"mult_log2": [-1, 1], "log2": [-9, -1]}}, "log2 and mult_log2 both give the range"),
-        ({"lr": {"mult_log2": [1, -1]}}, "is no range of octaves"),
+        ({"lr": {"mult_log2": [1, -1]}}, "is not a range of octaves"),
         ({"lr": {"mult_log": [-1, 1]}}, "did you mean 'mult_log2'"),
     ],
 )

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from supar_sweep.errors import ConfigError
@@ -125,3 +125,23 @@ def test_a_dense_cell_has_no_masks_to_change() -> None:
     assert tiny_cell(density=1.0, sparsity={**RIGL, "update_fraction": 0.9}).mask_schedule() is None
     assert tiny_cell(sparsity=RIGL).mask_schedule() is not None
     assert tiny_cell().mask_schedule() is None
+
+
+@given(
+    steps=st.integers(1, 300),
+    over=st.integers(1, 300),
+    update=st.floats(0.001, 0.5),
+    start=st.floats(0, 0.4),
+    stop=st.floats(0.5, 1),
+)
+def test_the_mean_excess_is_that_of_its_steps(steps: int, over: int, update: float, start: float, stop: float) -> None:
+    schedule = mask_schedule("gmp", steps, update_fraction=update, start_fraction=start, stop_fraction=stop)
+    assume(schedule.n_updates > 0)
+    of_steps = [schedule.excess(done) for done in range(over)]
+    assert schedule.mean_excess(over) == pytest.approx(math.fsum(of_steps) / over, rel=1e-12)
+
+
+def test_the_mean_excess_of_a_long_run_is_no_loop() -> None:
+    schedule = mask_schedule("gmp", 10**12, update_fraction=1e-12, stop_fraction=1.0)
+    # sum of ((n - k) / n)^3 over k < n is n/4 + 1/2 + 1/(4 n)
+    assert schedule.mean_excess(10**12) == pytest.approx(0.25, rel=1e-9)

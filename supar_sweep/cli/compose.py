@@ -12,6 +12,7 @@ from typing import Any
 
 from supar_sweep.cli.rooms import conf_dir
 from supar_sweep.cli.settings import Settings
+from supar_sweep.cli.teach import teach
 from supar_sweep.errors import ConfigError, SuparError
 
 # Hydra makes no folders, changes none, configures no logging: records have folders of their own.
@@ -30,7 +31,7 @@ _VALUED = (
 )
 
 _REPLACED = re.compile(
-    r"(experiment\.(?:axes|by|zipped)\b[^=]*|study\.space(?:\.\w+)?|where(?:\.[\w.]+)?|launcher\.sbatch(?:\.[\w-]+)?)=(.*)",
+    r"(experiment\.(?:axes|by|zipped|plot)\b[^=]*|study\.space(?:\.\w+)?|where(?:\.[\w.]+)?|launcher\.sbatch(?:\.[\w-]+)?)=(.*)",
     re.DOTALL,
 )
 
@@ -43,7 +44,8 @@ def hydra_words(word: str, does: str, words: Sequence[str]) -> list[str]:
       so do `study.space={...}`, `where.density=0.25` and `launcher.sbatch.exclude=n7`;
     - `logs CELL` is `logs cell=CELL`;
     - `reproduce fig6` is `reproduce experiment=fig6`;
-    - cells, and the paths of `export`, are quoted: a cell's folder has a ^ in its name, which Hydra cannot read.
+    - cells, and the paths of `export`, are quoted: a cell's folder has a ^ in its name, which Hydra cannot read;
+      so are paths with a tilde that the shell has left.
 
     Args:
         word: the command.
@@ -65,7 +67,9 @@ def hydra_words(word: str, does: str, words: Sequence[str]) -> list[str]:
             told.append(f"cell={_quoted(each)}")
         elif word in ("logs", "cancel") and key == "cell" and value not in ("", "null"):
             told.append(f"cell={_quoted(value)}")
-        elif word == "export" and key in ("checkpoint", "to") and value not in ("", "null"):
+        elif (word == "export" and key in ("checkpoint", "to") and value not in ("", "null")) or (
+            equals and value.startswith("~")
+        ):
             told.append(f"{key}={_quoted(value)}")
         elif word == "reproduce" and not equals and each.isidentifier():
             told.append(f"experiment={each}")
@@ -95,7 +99,7 @@ def from_hydra(word: str, task: Callable[[Settings], int]) -> int:
     """
     import hydra
     from hydra.errors import HydraException
-    from omegaconf import DictConfig
+    from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     register_resolvers()
@@ -112,7 +116,9 @@ def from_hydra(word: str, task: Callable[[Settings], int]) -> int:
         try:
             chosen = HydraConfig.get()
             own = tuple(each.path for each in chosen.runtime.config_sources if each.provider == "command-line")
-            settings = Settings.read(word, config, tuple(chosen.overrides.task), own)
+            # as text: a list of a config would resolve the references in it
+            typed: Any = OmegaConf.to_container(chosen.overrides.task, resolve=False)
+            settings = Settings.read(word, config, tuple(typed), own)
             codes.append(task(settings))
         except (SuparError, OSError, OmegaConfBaseException) as error:
             stopped.append(error)  # Hydra would print "Error executing job" above it
@@ -126,7 +132,7 @@ def from_hydra(word: str, task: Callable[[Settings], int]) -> int:
         # before the task, whatever it is comes of the words or of a file of settings
         if entered and not isinstance(error, (HydraException, OmegaConfBaseException)):
             raise
-        raise _teach(error, word) from None
+        raise teach(error, word, sys.argv[1:], lambda chosen: known_keys(word, chosen)) from None
     except SystemExit as end:  # --help, --cfg, or a flag that does not exist
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return codes[0] if codes else 0
@@ -155,7 +161,7 @@ def register_resolvers() -> None:
 
 @contextmanager
 def _raising() -> Iterator[None]:
-    """Let Hydra raise its errors, for `_teach` to word, instead of printing many lines."""
+    """Let Hydra raise its errors, for `teach` to word, instead of printing many lines."""
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
@@ -167,69 +173,20 @@ def _raising() -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = before
 
 
-def _teach(error: Exception, word: str) -> SuparError:
-    """Return Hydra's error as ours: the key, the value, what is allowed, the nearest name."""
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    text = str(error)
-    missing = getattr(error, "missing_cfg_file", None)
-    if missing is not None:
-        group, _, option = str(missing).removesuffix(".yaml").rpartition("/")
-        return ConfigError(
-            group or "command",
-            "has no such option",
-            value=option,
-            allowed=sorted(getattr(error, "options", None) or ()),
-            nearest_to=option,
-        )
-    if match := re.search(r"Could not (?:override|append to config[^']*|delete[^']*) '([^']+)'", text):
-        return _unknown_key(match[1].partition("@")[0], word)
-    if "Missing mandatory value" in text:
-        return ConfigError(str(getattr(error, "full_key", None) or word), "must be set")
-    if not isinstance(error, (HydraException, OmegaConfBaseException)):
-        for key, _, value in (each.partition("=") for each in sys.argv[1:]):
-            options = sorted(path.stem for path in (conf_dir() / key).glob("*.yaml")) if key.isalpha() else []
-            if options and (value == "null" or not re.fullmatch(r"[\w./-]+", value)):
-                return ConfigError(key, "must be one of its options", value=value, allowed=options)
-        return SuparError(f"cannot read the settings: {' '.join(text.split()) or type(error).__name__}")
-    lines = [each.strip() for each in text.splitlines() if each.strip()] or [type(error).__name__]
-    if "Ambiguous value" in lines[0]:
-        return SuparError(f"{lines[0]}; several values are an axis: experiment.axes.KEY=[...]")
-    typed = getattr(error, "override", None)
-    if typed and re.fullmatch(r"[\w-]+", typed):
-        near = typed if (conf_dir() / "experiment" / f"{typed}.yaml").is_file() else ""
-        return SuparError(
-            f"cannot read '{typed}': settings are key=value" + (f", as experiment={near}" if near else "")
-        )
-    where = f"cannot read '{typed}': " if typed else ""
-    # a cause says what is wrong, Hydra's own first line where
-    cause = str(error.__cause__ or "").strip().partition("\n")[0]
-    return SuparError(where + ": ".join(dict.fromkeys(p for p in (lines[0], cause) if p)))
-
-
-def _unknown_key(key: str, word: str) -> ConfigError:
-    known = known_keys(word)
-    parent = key.rpartition(".")[0]
-    siblings = [other for other in known if other.rpartition(".")[0] == parent]
-    last = key.rpartition(".")[2]
-    # a right name under the wrong parent (width=128) is more likely than a similar one beside it
-    elsewhere = [other for other in known if other.rpartition(".")[2] == last]
-    if elsewhere:
-        return ConfigError(key, f"unknown key for {word}", allowed=elsewhere, nearest_to=elsewhere[0])
-    allowed = siblings or [other for other in known if "." not in other]
-    return ConfigError(key, f"unknown key for {word}", allowed=allowed, nearest_to=key)
-
-
-def known_keys(word: str) -> list[str]:
+def known_keys(word: str, chosen: Sequence[str] = ()) -> list[str]:
     """Return every dotted setting of a command, sections included.
 
     Args:
         word: the command.
+        chosen: words that choose options of groups, which have keys of their own.
     """
+    from hydra.errors import HydraException
     from omegaconf import DictConfig
 
-    config = compose(word)
+    try:
+        config = compose(word, chosen)
+    except HydraException:  # not all of them are groups of this command
+        config = compose(word)
 
     def walk(node: DictConfig, prefix: str) -> Iterator[str]:
         for name in map(str, node):

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from supar_sweep.cli.early import check_path
 from supar_sweep.cli.output import emit, say
 from supar_sweep.cli.settings import Settings
 from supar_sweep.errors import ConfigError
@@ -66,4 +67,5 @@ def harness_command(written: Exported) -> str:
 
 def _path(settings: Settings, key: str) -> Path | None:
     value = settings.plain[key]
-    return None if value is None else Path(str(value)).expanduser()
+    check_path(key, value, missing=True)
+    return None if value is None else Path(value).expanduser()

@@ -13,6 +13,7 @@ from supar_sweep.cli.launch import (
     launcher_config,
     make_launcher,
     price,
+    say_other_optimizer,
     with_threads,
 )
 from supar_sweep.cli.leave import leaves_jobs
@@ -43,6 +44,7 @@ def run(settings: Settings) -> int:
     grid = freeze(settings)
     say_idle(grid)
     say_few_live(grid.cells.values())
+    say_other_optimizer(settings, grid.cells.values())
     if not getattr(launcher_config(settings), "wait", True):
         settings, grid = _threaded(settings, grid)
         with make_launcher(settings) as launcher:
@@ -149,7 +151,7 @@ def cancel(settings: Settings) -> int:
     asked = settings.plain.get("cell")
     one = None if asked is None else find_cell(settings.runs_dir, asked).cell_id
     if one is not None and one not in frozen.cells:
-        raise ConfigError("cell", f"is no cell of {settings.experiment}", value=asked)
+        raise ConfigError("cell", f"is not a cell of {settings.experiment}", value=asked)
     if slurm_was_used(settings) and (one is not None or experiment.runner() is None):
         follow = room("launchers.slurm_follow")
         n = follow.cancel(settings.runs_dir / "slurm", frozen.cells.keys() if one is None else {one})

@@ -57,15 +57,42 @@ def refuse_idle_masks(typed: Sequence[str], points: Sequence[GridPoint]) -> None
         )
 
 
-def refuse_compact(runtime: RuntimeConfig, points: Sequence[GridPoint]) -> None:
-    """Raise ConfigError where compact layers are asked for and a cell's masks change in training.
+def refuse_idle_runtime(typed: Sequence[str], runtime: RuntimeConfig, cells: Sequence[CellConfig]) -> None:
+    """Raise ConfigError where compact layers are asked for and a cell's masks change in training, or no cell has a dead weight;
+    and for checkpoints that no run is long enough to write.
 
     Args:
-        runtime: its `compute`.
-        points: the grid.
+        typed: keys of the command line.
+        runtime: how cells are computed.
+        cells: that are to be trained.
     """
-    for point in points:
-        check_compute(point.cell, runtime)
+    for cell in cells:
+        check_compute(cell, runtime)
+    if "runtime.compute" in typed and runtime.compute == "compact" and all(cell.density == 1 for cell in cells):
+        problem = "has no effect at density 1: there is no dead weight"
+        raise ConfigError("runtime.compute", problem, value="compact", allowed="auto or dense, or density below 1")
+    _refuse_beyond(typed, "runtime.checkpoint_every_steps", runtime.checkpoint_every_steps, cells)
+
+
+def refuse_idle_evaluation(typed: Sequence[str], cells: Sequence[CellConfig]) -> None:
+    """Raise ConfigError for evaluations that no run is long enough to come to.
+
+    A preset's cadence may be longer than a run that was shortened, so only a typed one is an error. The patience before a run
+    counts as diverged may be longer, too: that switches it off.
+
+    Args:
+        typed: keys of the command line.
+        cells: that are to be trained.
+    """
+    every = [cell.train.eval_every_steps for cell in cells if cell.train.eval_every_steps is not None]
+    _refuse_beyond(typed, "train.eval_every_steps", min(every, default=None), cells)
+
+
+def _refuse_beyond(typed: Sequence[str], key: str, every_steps: int | None, cells: Sequence[CellConfig]) -> None:
+    longest = max((cell.train.steps for cell in cells), default=0)
+    if key in typed and every_steps is not None and every_steps > longest:
+        problem = f"has no effect: no run has more than {longest} steps"
+        raise ConfigError(key, problem, value=every_steps, allowed=f"up to {longest}, or null")
 
 
 def _relative(spec: GridSpec) -> Iterator[str]:

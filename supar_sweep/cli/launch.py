@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -143,10 +144,14 @@ def launcher_config(settings: Settings) -> Any:
     name = plain.get("name")
     if name not in LAUNCHERS:
         raise ConfigError("launcher.name", "no such launcher", value=name, allowed=LAUNCHERS, nearest_to=str(name))
-    if name == "local":
-        return decode(LocalConfig, plain, prefix="launcher")
-    defaults = room("launchers.slurm_environment").taken(plain, os.environ)
-    return decode(room("launchers.slurm_config").SlurmConfig, {**plain, **defaults}, prefix="launcher")
+    schema = LocalConfig if name == "local" else room("launchers.slurm_config").SlurmConfig
+    if "launcher.name" in settings.given() and plain.keys() != {item.name for item in fields(schema)}:
+        allowed = f"launcher={name}, which brings the settings that go with it"
+        raise ConfigError(
+            "launcher.name", "does not go with the launcher's other settings", value=name, allowed=allowed
+        )
+    defaults = {} if name == "local" else room("launchers.slurm_environment").taken(plain, os.environ)
+    return decode(schema, {**plain, **defaults}, prefix="launcher")
 
 
 def tell_environment(settings: Settings) -> None:
@@ -210,6 +215,7 @@ def freeze(settings: Settings) -> Grid:
     cells = {row["cell_id"]: point.cell for row, point in zip(plan.points, points, strict=True)}
     check_corpora(cells.values())
     check_shares(settings, cells.values())
+    check_targets(settings, cells.values())
     return grown(Grid(plan, plan, cells), extended(plan, _added_before(experiment_of(settings))))
 
 
@@ -235,6 +241,23 @@ def check_corpora(cells: Iterable[CellConfig]) -> None:
     }
     for data, batch_seqs, context_tokens, eval_seqs in asked:
         check_files(data, batch_seqs=batch_seqs, context_tokens=context_tokens, eval_seqs=eval_seqs)
+
+
+def check_targets(settings: Settings, cells: Iterable[CellConfig]) -> None:
+    """Raise ConfigError for a training function whose package is not there. It is not imported: that may take seconds.
+
+    Workers look for it where this process does. Commands of the job's own (launcher.setup) may add places that only they see.
+
+    Args:
+        settings: which launcher.
+        cells: that are to be trained.
+    """
+    if getattr(launcher_config(settings), "setup", ()):
+        return
+    for target in dict.fromkeys(cell.train.target for cell in cells):
+        if target is not None and find_spec(target.partition(".")[0]) is None:
+            problem, allowed = "cannot be found", "package.module.function, importable here and where the cell runs"
+            raise ConfigError("train.target", problem, value=target, allowed=allowed)
 
 
 def check_shares(settings: Settings, cells: Iterable[CellConfig]) -> None:
@@ -265,6 +288,27 @@ def ranks_for(settings: Settings) -> Callable[[CellConfig], int]:
     size = sizes(settings)
     by_row = [int(config.with_row(row).ranks) for row in range(len(config.larger) + 1)]
     return lambda cell: by_row[config.row_for(*size(cell)) if config.larger else 0]
+
+
+def say_other_optimizer(settings: Settings, cells: Iterable[CellConfig]) -> None:
+    """Say where hyperparameters that were tuned with one optimizer train cells with another: no rule carries them over.
+
+    Args:
+        settings: with what is known of the proxy.
+        cells: that are to be trained.
+    """
+    if settings.winner and settings.winner.lineage.get("proxy"):
+        proxy = decode(CellConfig, settings.winner.lineage["proxy"], prefix="lineage.proxy")
+        tuned: str | None = proxy.optimizer.name
+    else:
+        tuned = (settings.plain.get("tuned_at") or {}).get("optimizer_name")
+    if tuned is None or "hparams.lr" in settings.given():
+        return
+    lr = settings.cell().hparams.lr  # an axis may give others
+    if others := {str(cell.optimizer.name) for cell in cells if cell.hparams.lr == lr} - {tuned}:
+        say(
+            f"warning: the hyperparameters were tuned with {tuned}, and their lr is not one for {', '.join(sorted(others))}"
+        )
 
 
 def submission_facts(settings: Settings) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def find_cell(runs: Path, asked: object) -> CellFolder:
         raise ConfigError("cell", f"is the beginning of {len(found)}", value=asked, allowed=_some(found))
     names = [each for cell in cells.values() for each in (cell.path.name, cell.cell_id)]
     near = get_close_matches(name, names, SHOWN, cutoff=0.4)
-    problem = f"is none of the {len(cells)} of {runs}"
+    problem = f"is none of the {len(cells)} cells of {runs}"
     raise ConfigError("cell", problem, value=asked, allowed=near or allowed, nearest_to=name)
 
 

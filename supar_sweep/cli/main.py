@@ -22,6 +22,8 @@ PROGRAM = "supar-sweep"
 WRONG_REQUEST, INTERRUPTED = 2, 130
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 """The machine's no, wherever it is met (in Optuna's journal, say): no bug, so no traceback."""
+WRONG_PATHS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+"""What a path that was typed meets: no bug either."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
+        if error.errno in WRONG_PATHS:
+            return _fail(f"{error.filename or 'a path'}: {error.strerror}")
         if error.errno not in REFUSALS:
             raise
         where = f"{error.filename}: " if error.filename else "cannot write: "

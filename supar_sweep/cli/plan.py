@@ -22,6 +22,7 @@ from supar_sweep.cli.launch import (
     price,
     processes_of,
     ranks_for,
+    say_other_optimizer,
     shape_key,
     sizes,
     tell_environment,
@@ -60,6 +61,7 @@ def plan(settings: Settings) -> int:
     grid = freeze(settings)
     say_idle(grid)
     say_few_live(grid.cells.values())
+    say_other_optimizer(settings, grid.cells.values())
     found = with_queue(settings, states(experiment_of(settings), grid.plan))
     left = {this: cell for this, cell in grid.cells.items() if not found[this].complete}
     settings = with_threads(settings, left.values())

@@ -7,9 +7,12 @@ from typing import Any
 
 from supar_sweep.cli.output import emit
 from supar_sweep.cli.settings import CELL_KEYS, Settings
+from supar_sweep.config.schema import CellConfig
 from supar_sweep.errors import ConfigError
 from supar_sweep.rules.parameterization import TABLE
 from supar_sweep.sweep.tables import FORMATS
+from supar_sweep.training.cost import count_parameters
+from supar_sweep.training.environment import is_out_of_memory, memory_of_machine_gb
 
 COLUMNS = {
     "quantity": "quantity",
@@ -72,12 +75,33 @@ def _parameters(settings: Settings) -> int:
             value=cell.train.target,
             allowed="null, or supar_sweep.parameter_rows on your own module",
         )
+    _check_memory(cell)
     from supar_sweep.training.model import build
     from supar_sweep.training.roles import parameter_rows
 
     model = cell.model
     method = f"{cell.parameterization}, {cell.optimizer.name}"
     title = f"{method}: width {model.width}, density {cell.density:g}, n_layer {model.n_layer}"
-    rows = parameter_rows(build(cell)[1])
+    try:
+        rows = parameter_rows(build(cell)[1])
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise _too_large(cell) from None
     emit(rows, PARAMETER_COLUMNS, settings.format, title=title)
     return 0
+
+
+def _check_memory(cell: CellConfig) -> None:
+    """Raise ConfigError where the model, which is made and measured, cannot fit in the memory that is free here."""
+    if 4 * count_parameters(cell).total > 1e9 * memory_of_machine_gb():
+        raise _too_large(cell)
+
+
+def _too_large(cell: CellConfig) -> ConfigError:
+    model, n = cell.model, count_parameters(cell).total
+    shape = f"width {model.width}, n_layer {model.n_layer}, context_tokens {model.context_tokens}"
+    allowed = "a smaller one; `transfer` shows a role's values at any size"
+    return ConfigError(
+        "model", f"has {n:.3g} parameters, which are more than fit in memory here ({shape})", allowed=allowed
+    )

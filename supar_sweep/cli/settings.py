@@ -7,7 +7,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from supar_sweep.cli.idle import refuse_compact, refuse_idle_masks, refuse_swept
+from supar_sweep.cli.early import check_early, check_path, check_scale, check_tuned_at, resolved
+from supar_sweep.cli.idle import (
+    refuse_idle_evaluation,
+    refuse_idle_masks,
+    refuse_idle_runtime,
+    refuse_swept,
+)
 from supar_sweep.config.decode import decode, encode
 from supar_sweep.config.schema import CellConfig, RuntimeConfig
 from supar_sweep.config.study import StudyConfig
@@ -51,8 +57,9 @@ class Settings:
         Raises:
             ConfigError: an unknown key, format or scale, an hparams_file that cannot be read.
         """
-        _check_scale(config, overrides)
-        _check_path("hparams_file", config.get("hparams_file"), missing=True)
+        check_early(config, sections_of(command))
+        check_scale(config, dict(text.lstrip("+").split("=", 1) for text in overrides if "=" in text))
+        check_path("hparams_file", config.get("hparams_file"), missing=True)
         winner = None
         if config.get("hparams_file") is not None:
             winner = load_winner(Path(config.hparams_file))
@@ -66,9 +73,7 @@ class Settings:
     def _resolved(
         command: str, config: DictConfig, overrides: tuple[str, ...], folders: tuple[str, ...], winner: Winner | None
     ) -> Settings:
-        from omegaconf import OmegaConf
-
-        plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        plain = resolved(config)
         added = [text.lstrip("+").partition("=")[0] for text in overrides if text.startswith("+")]
         added_tops = {key.partition(".")[0].partition("@")[0] for key in added}
         own = (*CELL_KEYS, *OUTPUT, *READS.get(command, ()))
@@ -76,7 +81,8 @@ class Settings:
             # a file of settings may serve several commands; what is typed is meant for this one
             if top in plain and top not in (own if top in added_tops else (*CELL_KEYS, *SECTIONS)):
                 raise ConfigError(top, f"unknown key for {command}", allowed=own, nearest_to=top)
-        _check_path("runs_dir", plain.get("runs_dir"))
+        check_path("runs_dir", plain.get("runs_dir"))
+        check_tuned_at(plain.get("tuned_at"))
         allowed = (*FORMATS, *FURTHER_FORMATS.get(command, ()))
         if plain["format"] not in allowed:
             raise ConfigError("format", f"no such format of {command}", value=plain["format"], allowed=allowed)
@@ -131,7 +137,10 @@ class Settings:
 
     def drawn(self) -> dict[str, Any]:
         """Return how the experiment says that it is drawn, {} where it says nothing."""
-        return dict((self.plain.get("experiment") or {}).get("plot") or {})
+        plot = (self.plain.get("experiment") or {}).get("plot") or {}
+        if not isinstance(plot, Mapping):
+            raise ConfigError("experiment.plot", "must be a mapping", value=plot, allowed="{figure: ..., x: ..., ...}")
+        return dict(plot)
 
     def grid(self) -> GridSpec:
         """Return what varies. Raises ConfigError for an experiment that is a coordinate check, not a grid."""
@@ -156,8 +165,10 @@ class Settings:
         points = enumerate_grid(self.cell_plain(), spec)
         refuse_swept(self.given(), spec, points, tunes="study" in READS[self.command])
         refuse_idle_masks(self.given(), points)
+        cells = [point.cell for point in points]
+        refuse_idle_evaluation(self.given(), cells)
         if "runtime" in self.plain:
-            refuse_compact(self.runtime(), points)
+            refuse_idle_runtime(self.given(), self.runtime(), cells)
         return points
 
     def given(self, *sections: str) -> tuple[str, ...]:
@@ -194,32 +205,19 @@ READS = {
 SECTIONS = tuple(dict.fromkeys((*OUTPUT, *(key for keys in READS.values() for key in keys))))
 """The top-level keys beside a cell's own, of any command."""
 
+NO_CELL = ("export", "logs")
+"""Commands without a cell's settings: a record says what cell it is of."""
+
+
+def sections_of(command: str) -> tuple[str, ...]:
+    """Return every top-level key that a command's config has; none for a word that is no command."""
+    if command in NO_CELL:
+        return ("runs_dir", "format", *READS[command])
+    return (*CELL_KEYS, *OUTPUT, *READS[command]) if command in READS else ()
+
+
 FURTHER_FORMATS = {"transfer": ("yaml",), "rules": ("markdown",)}
 """Formats that a command has besides those of every table."""
-
-
-def _check_path(name: str, value: Any, *, missing: bool = False) -> None:
-    if not (isinstance(value, str) or (missing and value is None)):
-        raise ConfigError(name, "must be a path", value=value)
-
-
-def _check_scale(config: DictConfig, overrides: tuple[str, ...]) -> None:
-    """Raise ConfigError where a scale is missing, unknown to the experiment, or would have no effect.
-
-    A row of the table `scales` is what its experiment reads of it, so this comes before the config is resolved.
-    """
-    scale, scales = config.get("scale"), config.get("scales")
-    typed = dict(text.lstrip("+").split("=", 1) for text in overrides if "=" in text)
-    name = typed.get("experiment")
-    if scales is None:
-        if "scale" in typed and name is not None:
-            problem = f"has no effect on experiment={name}, which has no table `scales`"
-            raise ConfigError("scale", problem, value=scale, allowed="leave it out")
-    elif scale is None:
-        raise ConfigError("scale", f"must be set for experiment={name}", allowed=list(map(str, scales)))
-    elif scale not in scales:
-        problem = f"experiment={name} has no such scale"
-        raise ConfigError("scale", problem, value=scale, allowed=list(map(str, scales)), nearest_to=str(scale))
 
 
 def _with_row(config: DictConfig, typed: tuple[str, ...]) -> DictConfig:

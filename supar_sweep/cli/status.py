@@ -195,10 +195,12 @@ def _group_by(settings: Settings, frozen: Plan) -> Sequence[str]:
         ordered = [*(key for key in first if key in known), *(k for k in known if k not in first)]
         values = {key: {repr(row.get(key)) for row in frozen.points} for key in ordered}
         return [key for key in ordered if len(values[key]) > 1 and key != "seed"]
-    names = [asked] if isinstance(asked, str) else list(asked)
+    if not isinstance(asked, str | list):
+        raise ConfigError("by", "must be a list of columns", value=asked, allowed=known)
+    names = [asked] if isinstance(asked, str) else asked
     for name in names:
         if name not in known:
-            raise ConfigError("by", "is no column of this grid", value=name, allowed=known, nearest_to=str(name))
+            raise ConfigError("by", "is not a column of this grid", value=name, allowed=known, nearest_to=str(name))
     return names
 
 

@@ -48,6 +48,11 @@ def transfer(settings: Settings) -> int:
     """Print what a target is trained with; return 0."""
     refuse_for_transfer(settings.given(), settings.plain)
     cell = target_cell(settings)
+    # all that may fail comes before the first line of output
+    rows, said = (
+        list(factor_rows(cell)),
+        [*held_fixed(cell), *(f"warning: {line}" for line in warnings(cell, settings))],
+    )
     match settings.format:
         case "json":
             sys.stdout.write(json.dumps(remapped(cell), indent=2, allow_nan=False) + "\n")
@@ -56,11 +61,9 @@ def transfer(settings: Settings) -> int:
 
             sys.stdout.write(yaml.safe_dump(remapped(cell), sort_keys=False))
         case _:
-            emit(list(factor_rows(cell)), format=settings.format, title=_title(cell))
-    for line in held_fixed(cell):
+            emit(rows, format=settings.format, title=_title(cell))
+    for line in said:
         say(line)
-    for line in warnings(cell, settings):
-        say(f"warning: {line}")
     return 0
 
 
@@ -228,6 +231,7 @@ def fixed_settings(cell: CellConfig) -> dict[str, Any]:
         "depth": cell.depth,
         "depth_alpha": cell.depth_alpha,
         "data": cell.data.name,
+        "optimizer_name": cell.optimizer.name,
         "optimizer": encode(replace(cell.optimizer, clip_norm=None)),
         "clip_norm": cell.optimizer.clip_norm,
     }

@@ -5,8 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from supar_sweep.cli.idle import refuse_for_proxy
-from supar_sweep.cli.launch import check_corpora, check_shares, make_launcher, price, submission_facts, with_threads
+from supar_sweep.cli.idle import refuse_for_proxy, refuse_idle_evaluation, refuse_idle_runtime
+from supar_sweep.cli.launch import (
+    check_corpora,
+    check_shares,
+    check_targets,
+    make_launcher,
+    price,
+    submission_facts,
+    with_threads,
+)
 from supar_sweep.cli.output import emit, say
 from supar_sweep.cli.progress import Live
 from supar_sweep.cli.settings import Settings
@@ -26,6 +34,8 @@ def tune(settings: Settings) -> int:
     """Search the proxy's hyperparameters up to the study's total budget, print the winner; return 0."""
     refuse_for_proxy(settings.given(), settings.cell())
     proxy, _ = checked_proxy(settings)
+    refuse_idle_evaluation(settings.given(), [proxy])
+    refuse_idle_runtime(settings.given(), settings.runtime(), [proxy])
     settings = with_threads(settings, [proxy] * settings.study().n_trials)
     with make_launcher(settings) as launcher:
         winner = study(settings, launcher)
@@ -46,6 +56,7 @@ def checked_proxy(settings: Settings) -> tuple[CellConfig, str]:
     found = fingerprint(proxy.data)
     check_corpora([proxy])
     check_shares(settings, [proxy])
+    check_targets(settings, [proxy])
     return proxy, found
 
 

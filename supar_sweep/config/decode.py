@@ -34,7 +34,7 @@ def decode(cls: type[T], plain: Mapping[str, Any], *, prefix: str = "") -> T:
     for key in plain:
         if key not in known:
             raise ConfigError(_join(prefix, str(key)), "unknown key", allowed=sorted(known), nearest_to=str(key))
-    hints = _hints(cls)  # type: ignore[arg-type]  # mypy: a class is hashable
+    hints = type_hints(cls)  # type: ignore[arg-type]  # mypy: a class is hashable
     values: dict[str, Any] = {}
     for name, item in known.items():
         if name in plain:
@@ -48,7 +48,8 @@ def decode(cls: type[T], plain: Mapping[str, Any], *, prefix: str = "") -> T:
 
 
 @lru_cache(maxsize=64)
-def _hints(cls: type[Any]) -> dict[str, Any]:
+def type_hints(cls: type[Any]) -> dict[str, Any]:
+    """Return field -> its type, of a dataclass of the schema."""
     # evaluating string annotations is most of a decode, and a grid decodes thousands of cells
     return get_type_hints(cls)
 
@@ -97,6 +98,21 @@ class Once:
         return made
 
 
+def decode_scalar(hint: Any, value: Any, key: str) -> Any:
+    """Return the value of a scalar field; None for a field of lists, mappings or sections, which are not looked at.
+
+    Args:
+        hint: the field's type, of `type_hints`.
+        value: as composed.
+        key: the setting, for the error's text.
+
+    Raises:
+        ConfigError: a value of another type.
+    """
+    scalar = {type(None), *(get_args(hint) or (hint,))} <= {type(None), int, float, bool, str}
+    return _value(hint, value, key) if scalar or get_origin(hint) is Literal else None
+
+
 def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
@@ -140,7 +156,7 @@ def _scalar(hint: Any, value: Any, key: str) -> Any:
         return int(value)
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         # text: YAML reads 1e-3 (no dot) as such, and Hydra hands it on
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):  # an integer beyond the floats
             if not math.isnan(number := float(value)):
                 return number
     if hint is str and isinstance(value, str):

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, field, fields
 from typing import Any
 
 from supar_sweep.errors import ConfigError
 
 IDENTITY_DEFAULT = "identity_default"
+
+NAME_BYTES = 200
+"""Longest name of a folder: file systems take 255 bytes, and files beside it carry the name with an ending."""
 
 
 def setting(
@@ -50,27 +54,37 @@ def later(doc: str, *, default: Any, **limits: Any) -> Any:
 def check_ranges(config: Any) -> None:
     """Raise ConfigError for the first field of a dataclass outside the range that its metadata declares. None always passes."""
     for item in fields(config):
-        value, meta = getattr(config, item.name), item.metadata
-        if value is None or not meta:
-            continue
-        if meta.get("choices") and value not in meta["choices"]:
-            raise ConfigError(
-                item.name,
-                "unknown choice",
-                value=value,
-                allowed=meta["choices"],
-                nearest_to=str(value),
-            )
-        parts: tuple[tuple[str, str, Callable[[float, float], bool]], ...] = (
-            ("ge", ">=", operator.ge),
-            ("gt", ">", operator.gt),
-            ("le", "<=", operator.le),
-            ("lt", "<", operator.lt),
-        )
-        limits = [(sign, meta[name], test) for name, sign, test in parts if meta.get(name) is not None]
-        if limits and not (math.isfinite(value) and all(test(value, bound) for _, bound, test in limits)):
-            allowed = " and ".join(f"{sign} {bound:g}" for sign, bound, _ in limits)
-            raise ConfigError(item.name, "out of range", value=value, allowed=allowed)
+        check_range(item.name, getattr(config, item.name), item.metadata)
+
+
+def check_range(key: str, value: Any, metadata: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a value outside the range that a field's metadata declares. None always passes.
+
+    Args:
+        key: of the field.
+        value: of the field's type.
+        metadata: of a field made by `setting`, or {}.
+    """
+    if value is None or not metadata:
+        return
+    choices = metadata.get("choices")
+    if choices and value not in choices:
+        raise ConfigError(key, "unknown choice", value=value, allowed=choices, nearest_to=str(value))
+    parts: tuple[tuple[str, str, Callable[[float, float], bool]], ...] = (
+        ("ge", ">=", operator.ge),
+        ("gt", ">", operator.gt),
+        ("le", "<=", operator.le),
+        ("lt", "<", operator.lt),
+    )
+    limits = [(sign, metadata[name], test) for name, sign, test in parts if metadata.get(name) is not None]
+    if limits and not (is_finite(value) and all(test(value, bound) for _, bound, test in limits)):
+        allowed = " and ".join(f"{sign} {bound:g}" for sign, bound, _ in limits)
+        raise ConfigError(key, "out of range", value=value, allowed=allowed)
+
+
+def is_finite(number: float) -> bool:
+    """Return whether a number is neither NaN nor infinite. An integer of any length is finite, also one beyond the floats."""
+    return isinstance(number, int) or math.isfinite(number)
 
 
 def check_folder_name(key: str, value: str) -> None:
@@ -80,8 +94,23 @@ def check_folder_name(key: str, value: str) -> None:
         key: what it is the name of, as the user would type it.
         value: the name.
     """
-    if not value.strip() or "/" in value or value.startswith("."):
-        raise ConfigError(key, "is no name", value=value, allowed="a folder name: no slash, no dot in front")
+    if not value.strip() or "/" in value or value.startswith(".") or not value.isprintable():
+        allowed = "a name without slash, dot in front, line break or other control character"
+        raise ConfigError(key, "cannot be the name of a folder", value=value, allowed=allowed)
+    check_length(key, value)
+
+
+def check_length(key: str, value: str) -> None:
+    """Raise ConfigError where the name of a file is longer than file systems take.
+
+    Args:
+        key: what it is the name of, as the user would type it.
+        value: one part of a path.
+    """
+    if (n_bytes := len(os.fsencode(value))) > NAME_BYTES:
+        raise ConfigError(
+            key, f"is too long: {n_bytes} bytes", value=f"{value[:20]}...", allowed=f"up to {NAME_BYTES} bytes"
+        )
 
 
 def require_only(config: Any, mode_key: str, used: dict[str, tuple[str, ...]]) -> None:

@@ -6,13 +6,14 @@ it is left out of a cell's identity, so old hashes stay (sweep/identity.py).
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from supar_sweep.config.fields import check_ranges, later, require_only, setting
 from supar_sweep.config.sparsity import STATIC, SparsityConfig
 from supar_sweep.errors import ConfigError
-from supar_sweep.rules.hparams import BaseShape, HParams, Ratios
+from supar_sweep.rules.hparams import LARGEST, MAX_N_LAYER, MAX_WIDTH, SMALLEST, BaseShape, HParams, Ratios
 from supar_sweep.rules.mask_schedule import MaskSchedule
 from supar_sweep.rules.parameterization import (
     PARAMETERIZATIONS,
@@ -24,20 +25,25 @@ from supar_sweep.rules.parameterization import (
     SpStart,
 )
 
+MANY = 10**9
+"""More steps, sequences, tokens or seconds than any run has: above is a slip, which would cost hours or memory to find."""
+MAX_THREADS = 4096
+"""Above the cores of any machine; torch fails on what does not fit its own integers."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The decoder's shape."""
 
-    width: int = setting("d_model; a multiple of d_head", ge=1)
-    d_head: int = setting("head dimension; held fixed as width grows", ge=1)
-    n_layer: int = setting("number of blocks", ge=1)
-    context_tokens: int = setting("sequence length", ge=1)
+    width: int = setting("d_model; a multiple of d_head", ge=1, le=MAX_WIDTH)
+    d_head: int = setting("head dimension; held fixed as width grows", ge=1, le=MAX_WIDTH)
+    n_layer: int = setting("number of blocks", ge=1, le=MAX_N_LAYER)
+    context_tokens: int = setting("sequence length", ge=1, le=MANY)
     position: str = setting("position encoding", choices=("learned", "alibi"))
     activation: str = setting("MLP activation", choices=("gelu", "swiglu"))
     bias: bool = setting("biases in linear layers and norms")
     tied_head: bool = setting("logits reuse the embedding matrix (role embedding)")
-    ffn_mult: float = setting("MLP inner width / width", gt=0)
+    ffn_mult: float = setting("MLP inner width / width", gt=0, le=1000)
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -47,7 +53,7 @@ class ModelConfig:
                 "width",
                 f"must be a multiple of d_head = {self.d_head}",
                 value=self.width,
-                allowed=f"{low or self.d_head} or {low + self.d_head}",
+                allowed=f"{low} or {low + self.d_head}" if low else f"{self.d_head}, or a multiple of it",
             )
         if (self.width * self.ffn_mult) % 1:
             raise ConfigError(
@@ -114,10 +120,10 @@ class OptimizerConfig:
 
     name: OptimizerName = setting("optimizer", choices=get_args(OptimizerName))
     decay_mode: DecayMode = setting("how weight decay scales with shape", choices=get_args(DecayMode))
-    clip_norm: float | None = setting("clip the global gradient norm; null = never", gt=0)
+    clip_norm: float | None = setting("clip the global gradient norm; null = never", ge=SMALLEST, le=LARGEST)
     beta1: float | None = setting("AdamW", default=None, ge=0, lt=1)
     beta2: float | None = setting("AdamW", default=None, ge=0, lt=1)
-    eps: float | None = setting("AdamW, in base units", default=None, gt=0)
+    eps: float | None = setting("AdamW, in base units", default=None, ge=SMALLEST, le=LARGEST)
     momentum: float | None = setting("SGD", default=None, ge=0, lt=1)
 
     def __post_init__(self) -> None:
@@ -130,7 +136,7 @@ class ScheduleConfig:
     """The learning rate over steps, as a factor on every group's peak."""
 
     name: str = setting("shape after warm-up", choices=("linear", "cosine", "constant"))
-    warmup_steps: int = setting("linear warm-up from 0", ge=0)
+    warmup_steps: int = setting("linear warm-up from 0", ge=0, le=MANY)
     final_lr_fraction: float | None = setting("factor at the last step (linear, cosine)", default=None, ge=0, le=1)
 
     def __post_init__(self) -> None:
@@ -143,19 +149,24 @@ class ScheduleConfig:
 class TrainConfig:
     """One run's length, batch, precision, evaluation and ends."""
 
-    steps: int = setting("optimizer steps", ge=1)
-    batch_seqs: int = setting("sequences a step, over all accumulation steps", ge=1)
-    accumulation_steps: int = setting("micro-batches a step", ge=1)
+    steps: int = setting("optimizer steps", ge=1, le=MANY)
+    batch_seqs: int = setting("sequences a step, over all accumulation steps", ge=1, le=MANY)
+    accumulation_steps: int = setting("micro-batches a step", ge=1, le=MANY)
     precision: str = setting("arithmetic of the model", choices=("float32", "bfloat16", "float64"))
-    summary_last_steps: int = setting("train_loss = mean over so many last steps", ge=1)
-    eval_every_steps: int | None = setting("held-out loss each so many steps; null = at the end", ge=1)
-    eval_seqs: int = setting("held-out sequences, the same for every cell", ge=1)
-    divergence_loss_mult: float = setting("diverged = loss above so many times log(vocabulary) ...", gt=1)
-    divergence_patience_steps: int = setting("... for so many steps on end; non-finite at once", ge=1)
+    summary_last_steps: int = setting("train_loss = mean over so many last steps", ge=1, le=MANY)
+    eval_every_steps: int | None = setting("held-out loss each so many steps; null = at the end", ge=1, le=MANY)
+    eval_seqs: int = setting("held-out sequences, the same for every cell", ge=1, le=MANY)
+    divergence_loss_mult: float = setting("diverged = loss above so many times log(vocabulary) ...", gt=1, le=LARGEST)
+    divergence_patience_steps: int = setting(
+        "... for so many steps on end; non-finite at once. More than `steps` = never but for that", ge=1, le=MANY
+    )
     target: str | None = setting("dotted path of your own training function; null = the GPT", default=None)
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if self.target is not None and not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", self.target):
+            allowed = "package.module.function, or null for the GPT"
+            raise ConfigError("target", "is not a dotted path of a function", value=self.target, allowed=allowed)
         if self.batch_seqs % self.accumulation_steps:
             raise ConfigError(
                 "accumulation_steps",
@@ -262,13 +273,17 @@ class RuntimeConfig:
     """How a cell is computed: nothing here changes its identity; a resumed run keeps its route, compute and threads."""
 
     device: str = setting("where to train", choices=("auto", "cpu", "cuda"))
-    threads: int | None = setting("torch threads a process; null = 1, or more where cores would stand idle", ge=1)
+    threads: int | None = setting(
+        "torch threads a process; null = 1, or more where cores would stand idle", ge=1, le=MAX_THREADS
+    )
     route: str = setting("fp32 matmul on CPU", choices=("auto", "torch", "onednn"))
     compute: str = setting("sparse layers: masked, or live weights only", choices=("auto", "dense", "compact"))
     compile: bool = setting("torch.compile the model")
-    cohort: int | None = setting("cells of one shape trained together in a process; null = chosen", default=None, ge=1)
-    checkpoint_every_s: float | None = setting("seconds between checkpoints; null = by steps", ge=0)
-    checkpoint_every_steps: int | None = setting("steps between checkpoints; null = by time", ge=1)
+    cohort: int | None = setting(
+        "cells of one shape trained together in a process; null = chosen", default=None, ge=1, le=MANY
+    )
+    checkpoint_every_s: float | None = setting("seconds between checkpoints; null = by steps", ge=0, le=MANY)
+    checkpoint_every_steps: int | None = setting("steps between checkpoints; null = by time", ge=1, le=MANY)
     keep_checkpoints: bool = setting("keep the last checkpoint after the result is published")
 
     def __post_init__(self) -> None:

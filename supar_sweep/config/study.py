@@ -8,9 +8,10 @@ from typing import Any
 
 from supar_sweep.config.fields import check_folder_name, check_ranges, setting
 from supar_sweep.errors import ConfigError
-from supar_sweep.rules.hparams import HParams
+from supar_sweep.rules.hparams import LARGEST_LOG2, HParams
 
-LARGEST_LOG2 = 100
+MAX_TRIALS = 1_000_000
+"""ASSUMPTION: no study has more; its journal is read whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,15 +35,16 @@ class StudyConfig:
     """One Optuna study of base hyperparameters on the proxy."""
 
     name: str = setting("folder of the study below runs_dir/studies")
-    n_trials: int = setting("total budget: a rerun tops up to it", ge=1)
+    n_trials: int = setting("total budget: a rerun tops up to it", ge=1, le=MAX_TRIALS)
     sampler: str = setting("Optuna sampler", choices=("tpe", "random", "qmc", "gp", "cma"))
-    seed: int = setting("of the sampler", ge=0)
+    seed: int = setting("of the sampler", ge=0, le=2**63 - 1)
     metric: str = setting("what is minimised", choices=("train_loss", "val_loss"))
     batch_trials: int | None = setting(
         "ask for so many trials, then tell them in order: the study repeats exactly; null = asynchronous",
         ge=1,
+        le=MAX_TRIALS,
     )
-    confirm_top_k: int = setting("best trials that are rerun; 0 = take the best as it stands", ge=0)
+    confirm_top_k: int = setting("best trials that are rerun; 0 = take the best as it stands", ge=0, le=MAX_TRIALS)
     confirm_seeds: tuple[int, ...] = setting("seeds of the reruns, none of them the trials' own")
     space: Mapping[str, Any] = setting("hyperparameter -> {low_log2, high_log2}")
 
@@ -54,7 +56,7 @@ class StudyConfig:
             raise ConfigError("space", "is empty: nothing to search", allowed=names)
         for name in self.space:
             if name not in names:
-                raise ConfigError(f"space.{name}", "is no hyperparameter", allowed=names, nearest_to=name)
+                raise ConfigError(f"space.{name}", "is not a hyperparameter", allowed=names, nearest_to=name)
         if self.confirm_top_k and not self.confirm_seeds:
             raise ConfigError(
                 "confirm_seeds",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal, get_args
 
 DynamicMethod = Literal["set", "rigl", "gmp"]
@@ -85,7 +86,14 @@ class MaskSchedule:
         Args:
             steps: >= 1.
         """
-        return math.fsum(self.excess(done) for done in range(steps)) / steps
+        if self.method != "gmp":
+            return 0.0
+        n, interval = self.n_updates, self.interval_steps
+        # (n - k)^3 / n^3 after k updates: for start + interval steps at first, then for `interval` each, then 0
+        at_first = min(steps, self.start_steps)
+        whole, part = divmod(min(steps - at_first, n * interval), interval)
+        cubes = _sum_of_cubes(n) - _sum_of_cubes(n - whole)
+        return float(Fraction(at_first * n**3 + interval * cubes + part * (n - whole) ** 3, n**3 * steps))
 
     def density(self, final: float, steps_done: int) -> float:
         """Return a layer's density after step t, before it is rounded to a whole number of weights.
@@ -105,6 +113,11 @@ class MaskSchedule:
             steps_done: t.
         """
         return final + round((size - final) * self.excess(steps_done))
+
+
+def _sum_of_cubes(n: int) -> int:
+    """Return 1^3 + ... + n^3."""
+    return (n * (n + 1) // 2) ** 2
 
 
 def mask_schedule(

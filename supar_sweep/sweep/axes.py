@@ -6,7 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from supar_sweep.config.fields import is_finite
 from supar_sweep.errors import ConfigError
+from supar_sweep.rules.hparams import LARGEST_LOG2
+
+MAX_VALUES = 10_000
+"""An axis has no more values: finer than any loss can tell apart. What has more is a slip of the step."""
 
 
 def expand(raw: Any, *, at: str) -> tuple[Any, ...]:
@@ -17,7 +22,7 @@ def expand(raw: Any, *, at: str) -> tuple[Any, ...]:
         at: where it stands in the user's config, for error texts.
 
     Raises:
-        ConfigError: neither of the two, no values, or a value twice.
+        ConfigError: neither of the two, no values, or more than MAX_VALUES.
     """
     if isinstance(raw, Mapping):
         values = _log2_values(raw, at)
@@ -27,6 +32,8 @@ def expand(raw: Any, *, at: str) -> tuple[Any, ...]:
         raise ConfigError(at, "must be a list of values", value=raw, allowed=_AXIS_FORMS)
     if not values:
         raise ConfigError(at, "has no values", allowed=_AXIS_FORMS)
+    if len(values) > MAX_VALUES:
+        raise ConfigError(at, f"has too many values, {len(values):,}", allowed=f"up to {MAX_VALUES:,}")
     return values
 
 
@@ -36,16 +43,21 @@ _AXIS_FORMS = "[value, ...], {log2: [low, high], step: 1} or {mult_log2: [low, h
 def _log2_values(raw: Mapping[str, Any], at: str) -> tuple[float, ...]:
     for name in raw:
         if name not in ("log2", "step"):
-            allowed = ("log2", "mult_log2", "step")
-            raise ConfigError(f"{at}.{name}", "unknown key", allowed=allowed, nearest_to=str(name))
+            known = ("log2", "mult_log2", "step")
+            raise ConfigError(f"{at}.{name}", "unknown key", allowed=known, nearest_to=str(name))
     ends, step = raw.get("log2"), raw.get("step", 1)
     numbers = [*ends, step] if isinstance(ends, Sequence) and not isinstance(ends, str) else []
     good = len(numbers) == 3 and all(
-        isinstance(n, (int, float)) and not isinstance(n, bool) and math.isfinite(n) for n in numbers
+        isinstance(n, (int, float)) and not isinstance(n, bool) and is_finite(n) for n in numbers
     )
     if not good or step <= 0 or numbers[0] > numbers[1]:
-        raise ConfigError(at, "is no range of octaves", value=dict(raw), allowed="{log2: [low, high], step: > 0}")
+        raise ConfigError(at, "is not a range of octaves", value=dict(raw), allowed="{log2: [low, high], step: > 0}")
     low, high, _ = numbers
+    if max(-low, high) > LARGEST_LOG2:
+        allowed = f"octaves from -{LARGEST_LOG2} to {LARGEST_LOG2}"
+        raise ConfigError(at, "reaches beyond what can be computed with", value=dict(raw), allowed=allowed)
+    if (high - low) / MAX_VALUES > step:
+        raise ConfigError(at, "has too many values", value=dict(raw), allowed=f"up to {MAX_VALUES:,}; a larger step")
     count = math.floor((high - low) / step + 1e-9) + 1
     return tuple(2.0 ** (low + i * step) for i in range(count))
 

@@ -10,12 +10,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import lru_cache
 from itertools import product
+from math import prod
 from typing import Any, get_args, get_type_hints
 
 from supar_sweep.config.decode import decode
 from supar_sweep.config.schema import CellConfig
 from supar_sweep.errors import ConfigError
 from supar_sweep.sweep.axes import absolute, expand
+
+MAX_CELLS = 100_000
+"""A grid has no more points: twice what `plan` and `status` were measured with, some 500 MB in each of them and a million
+files. What has more is a slip of a step or a seed; what is meant can be several experiments over one store of cells."""
 
 SHOWN_PROBLEMS = 20
 """An error about invalid cells shows at most so many different problems."""
@@ -87,7 +92,7 @@ def enumerate_grid(base: Mapping[str, Any], spec: GridSpec) -> list[GridPoint]:
         spec: what varies.
 
     Raises:
-        ConfigError: an unknown, ambiguous or repeated key, an empty axis, a value twice on an axis.
+        ConfigError: an unknown, ambiguous or repeated key, an empty axis, a value twice on an axis, more than MAX_CELLS points.
         GridError: cells that the schema refuses, all of them.
     """
     points = list(_points(_absolute(spec, base)))
@@ -203,6 +208,7 @@ def _points(spec: GridSpec) -> Iterator[dict[Key, Any]]:
     dimensions += [_zipped(entry, f"experiment.zipped[{i}]") for i, entry in enumerate(spec.zipped)]
     _refuse_repeats(dimensions, loose.intersection(plain))
     tables = _fill(spec, dependent, plain, dimensions)
+    _refuse_many(dimensions, tables)
     for steps in product(*dimensions):
         point = {key: value for step in steps for key, value in step.items()}
         choices = [
@@ -259,7 +265,23 @@ def _refuse_twice(rows: Sequence[tuple[Any, ...]], keys: tuple[Key, ...]) -> Non
         seen.add(shown)
 
 
+def _refuse_many(dimensions: list[list[dict[Key, Any]]], tables: Tables) -> None:
+    """Refuse a product that is too large, before any of it is made."""
+
+    def n_points(step: Mapping[Key, Any]) -> int:
+        dependent = (tables[axis][step[axis]].values() for axis in step if axis in tables)
+        return prod(len(values) for of_axis in dependent for values in of_axis)
+
+    lengths = [sum(map(n_points, dimension)) for dimension in dimensions]
+    if (n := prod(lengths)) > MAX_CELLS:
+        names = [", ".join(map(axis_name, dimension[0])) for dimension in dimensions]
+        shown = " x ".join(f"{length:,} of {name}" for name, length in zip(names, lengths, strict=True))
+        allowed = f"up to {MAX_CELLS:,}; a larger step, fewer values, or several experiments"
+        raise ConfigError("experiment.axes", f"make {n:,} cells ({shown})", allowed=allowed)
+
+
 Dependent = dict[Key, list[dict[Key, Any]]]
+Tables = dict[Key, dict[Any, dict[Key, tuple[Any, ...]]]]
 
 
 def _dependent(spec: GridSpec) -> Dependent:
@@ -288,14 +310,14 @@ def _fill(
     dependent: Dependent,
     plain: Mapping[Key, tuple[Any, ...]],
     dimensions: Sequence[Sequence[Mapping[Key, Any]]],
-) -> dict[Key, dict[Any, dict[Key, tuple[Any, ...]]]]:
+) -> Tables:
     """Return axis -> its value -> key -> values, complete for every value that the axis takes."""
-    filled: dict[Key, dict[Any, dict[Key, tuple[Any, ...]]]] = {}
+    filled: Tables = {}
     for (axis, tables), (name, by_value) in zip(dependent.items(), spec.by.items(), strict=True):
         at = f"experiment.by.{name}"
         taken = [step[axis] for dimension in dimensions for step in dimension if axis in step]
         if not taken:
-            raise ConfigError(at, "is no axis of this grid", allowed=list(spec.axes))
+            raise ConfigError(at, "is not an axis of this grid", allowed=list(spec.axes))
         named = dict(zip(by_value, tables, strict=True))
         for value in named:
             _check_legal(axis, value, taken, at)
@@ -348,7 +370,7 @@ def _check_legal(axis: Key, value: Any, taken: Sequence[Any], at: str) -> None:
         try:
             float(value)
         except (TypeError, ValueError):
-            raise ConfigError(f"{at}.{value}", "is no value of the axis", allowed=taken) from None
+            raise ConfigError(f"{at}.{value}", "is not a value of the axis", allowed=taken) from None
 
 
 def _same(named: Any, value: Any) -> bool:
