@@ -12,7 +12,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.optim.swa_utils import AveragedModel
 
 from supar_sweep.errors import ConfigError
-from supar_sweep.training.tags import collect, named_owners, tag
+from supar_sweep.sparse.linear import named_masks
+from supar_sweep.sparse.owners import named_owners
+from supar_sweep.training.tags import collect, tag
 from tests.one_process import one_process
 from tests.test_roles import Net, by_name, plan
 
@@ -142,6 +144,7 @@ def test_wrappers_stay_out_of_names_noise_and_masks(wrap: Any, place: Callable[.
         plans = by_name(plan(model, density=0.25))
     assert list(plans) == list(plain)
     assert all(torch.equal(item.parameter, plain[name].parameter) for name, item in plans.items())
+    assert set(named_masks(model)) == {name for name, item in plain.items() if item.live < item.parameter.numel()}
 
 
 def test_a_submodule_of_ones_own_may_be_called_module() -> None:

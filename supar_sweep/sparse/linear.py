@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from supar_sweep.errors import ConfigError
+from supar_sweep.sparse.owners import named_owners
 from supar_sweep.sparse.route import check_route, onednn_linear
 
 _MASKS = "_supar_masks"
@@ -66,13 +67,12 @@ def attach_mask(module: nn.Module, param_name: str, mask: Tensor, *, keep_full: 
 
 
 def named_masks(module: nn.Module) -> dict[str, Tensor]:
-    """Return parameter name (dotted, from `module`) -> its attached mask."""
-    found: dict[str, Tensor] = {}
-    for prefix, child in module.named_modules():
-        for name in _masked_names(child):
-            dotted = f"{prefix}.{name}" if prefix else name
-            found[dotted] = child.get_buffer(f"{name}_mask")
-    return found
+    """Return parameter name (dotted, from `module`, without the prefixes of wrappers) -> its attached mask."""
+    return {
+        f"{prefix}{name}": owner.get_buffer(f"{name}_mask")
+        for prefix, owner in named_owners(module)
+        for name in _masked_names(owner)
+    }
 
 
 def let_dead_gradients_through(module: nn.Module, passes: bool) -> None:

@@ -14,8 +14,9 @@ from torch import nn
 from supar_sweep.errors import ConfigError
 from supar_sweep.rules.hparams import Ratios
 from supar_sweep.rules.parameterization import SPARSE_ROLES
+from supar_sweep.sparse.owners import named_owners
 from supar_sweep.training.layouts import Shape
-from supar_sweep.training.tags import TaggedParameter, collect, named_owners, stored_name, stored_shape
+from supar_sweep.training.tags import TaggedParameter, collect, stored_name, stored_shape
 
 Base = nn.Module | Callable[[], nn.Module]
 """The base as a model, or what builds it. Only its shapes are read, so it may be on the meta device."""

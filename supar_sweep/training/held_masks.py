@@ -19,8 +19,8 @@ from torch.optim import Optimizer
 from supar_sweep.errors import ConfigError, MaskError
 from supar_sweep.sparse.compact import CompactLinear
 from supar_sweep.sparse.linear import named_masks, part_here
+from supar_sweep.sparse.owners import named_owners
 from supar_sweep.training.plans import ParameterPlan
-from supar_sweep.training.tags import named_owners
 
 _HELD = "_supar_held_masks"
 

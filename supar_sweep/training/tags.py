@@ -7,26 +7,19 @@ never enter the state_dict.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 
 from supar_sweep.errors import ConfigError
 from supar_sweep.rules.parameterization import ALL_ROLES, SPARSE_ROLES, Role
 from supar_sweep.sparse.compact import STANDS_FOR, CompactLinear
+from supar_sweep.sparse.owners import named_owners
 from supar_sweep.training.layouts import MATRIX, Layout, layout_of, refusal
 from supar_sweep.training.untagged import guess_role
 
 _TAGS = "_supar_tags"
-_WRAPPERS = (DistributedDataParallel, DataParallel, AveragedModel)
-"""They hold the model as `module`, a name that a submodule of the user's own may have too."""
-
-_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-"""What torch.compile, activation checkpointing and FSDP1 call the module that they wrap."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,29 +167,6 @@ def collect(module: nn.Module, *, starts: bool = True) -> list[TaggedParameter]:
             if parameter is not None and parameter.requires_grad:
                 holders.setdefault(id(parameter), []).append((f"{prefix}{local_name}", owner, local_name))
     return [_tagged(places, starts) for places in holders.values()]
-
-
-def named_owners(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (prefix, module) of a module and all below it, each once, in the order of named_modules().
-
-    A prefix is "" or ends in a dot; what wrappers put into the path is not in it.
-
-    Args:
-        module: any nn.Module.
-    """
-    seen: set[int] = set()
-
-    def below(prefix: str, owner: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        if id(owner) in seen:
-            return
-        seen.add(id(owner))
-        yield prefix, owner
-        for name, child in owner._modules.items():
-            if child is not None:
-                wraps = name in _WRAPPED or (name == "module" and isinstance(owner, _WRAPPERS))
-                yield from below(prefix if wraps else f"{prefix}{name}.", child)
-
-    return below("", module)
 
 
 def _tagged(places: list[tuple[str, nn.Module, str]], starts: bool) -> TaggedParameter:
