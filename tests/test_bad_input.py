@@ -152,6 +152,14 @@ def test_a_wrong_experiment_file(capsys: pytest.CaptureFixture[str], here: Path,
     assert says in refused(capsys, "plan", "-cd", str(here), "experiment=mine")
 
 
+def test_an_experiment_file_without_its_first_line(capsys: pytest.CaptureFixture[str], here: Path) -> None:
+    (here / "experiment").mkdir()
+    (here / "experiment" / "mine.yaml").write_text("model: {width: 64}\n")
+    said = refused(capsys, "plan", "-cd", str(here), "experiment=mine")
+    assert "experiment.model: is a section of its own" in said
+    assert "# @package _global_" in said
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [

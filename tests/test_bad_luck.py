@@ -45,6 +45,12 @@ def test_torn_records_are_said_and_made_whole(capsys: pytest.CaptureFixture[str]
     assert call(capsys, "status")[0] == 0
     assert losses() == whole
 
+    Path("runs/experiments/single/plan.json").unlink()
+    Path(
+        "runs/experiments/single/plan.json"
+    ).mkdir()  # as one that another user must not read: `run` could not write it
+    assert "writes it anew" not in refused(capsys, "status")
+
 
 def begun_again(capsys: pytest.CaptureFixture[str], state: dict[str, Any] | None = None) -> list[Path]:
     """Train the grid, take its result away, and return the checkpoints from which the next `run` goes on."""

@@ -60,6 +60,21 @@ def test_a_second_call_trains_nothing_and_plot_draws_the_same(here: Path, capsys
     assert len(list(Path("runs").rglob("coord_check-density-*.png"))) == 3
 
 
+def test_the_held_out_part_may_be_short_as_nothing_is_evaluated(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "short.txt").write_text("a text of few words, " * 40)
+    text = (
+        "data=text",
+        "data.paths=[short.txt]",
+        "data.val_fraction=0.1",
+        "model.context_tokens=16",
+        "train.batch_seqs=2",
+    )
+    check = ("check.parameterizations=[supar]", "check.densities=[1,0.5]", "check.widths=[]", "check.seeds=[0]")
+    shape = ("model.width=16", "model.d_head=8", "model.n_layer=1", "base.width=8", "base.n_layer=1", "train.steps=2")
+    code, _, err = call(capsys, "coord-check", *text, *check, *shape, "runtime.device=cpu")
+    assert code == 0, err
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 from collections.abc import Callable
@@ -33,7 +34,7 @@ def assert_as_uninterrupted(job: Any, tmp_path: Path) -> None:
         ({"density": 0}, "cell.density: out of range"),
         ({"train.stepz": 3}, "cell.train.stepz: unknown key; did you mean 'steps'?"),
         ({"train.target": "nowhere.to.be_found"}, "train.target: cannot be imported"),
-        ({"train.target": "nodots"}, "train.target: cannot be imported"),
+        ({"train.target": "nodots"}, "cell.train.target: is not a dotted path"),
         ({"train.target": "math.nothing"}, "train.target: cannot be imported"),
         ({"train.target": "math.pi"}, "train.target: is not a function"),
         ({"density": 1e-5}, "density: leaves layer blocks.0.attention.qkv.weight"),
@@ -119,6 +120,19 @@ def test_exceptions_become_typed_ends(function: Callable[..., Any], end: str, me
     assert end_of(job)["message"].startswith(message)
     log = (folder_of(job).attempts()[-1] / "log.txt").read_text()
     assert function.__name__ in log or function is returns_nonsense  # it had returned when it failed
+
+
+def ends_without_a_number(*_: Any, **__: Any) -> Outcome:
+    return Outcome(end="done", steps_done=10, train_loss=math.nan, val_loss=0.1, last_finite_loss=0.5)
+
+
+def test_a_loss_that_is_no_number_is_a_divergence_whatever_the_users_function_calls_it(tmp_path: Path) -> None:
+    job = tiny_job(tmp_path, **{"train.target": f"{__name__}.{ends_without_a_number.__name__}"})
+    assert run_cell(job) == "diverged"
+    result = folder_of(job).result()
+    assert result is not None
+    assert result["end"] == "diverged"
+    assert result["summary"] == {"train_loss": None, "val_loss": None, "last_finite_loss": 0.5, "steps_done": 10}
 
 
 def test_a_result_that_cannot_be_written_fails_and_loses_nothing(tmp_path: Path) -> None:

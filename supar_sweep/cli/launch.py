@@ -35,8 +35,8 @@ class LocalConfig:
     """conf/launcher/local.yaml."""
 
     name: str = setting("local", choices=("local",))
-    processes: int | None = setting("workers; null = cores // runtime.threads, or one a GPU", ge=1)
-    grace_s: float = setting("how long cells may take to save when stopped", ge=0)
+    processes: int | None = setting("workers; null = cores // runtime.threads, or one a GPU", ge=1, le=1024)
+    grace_s: float = setting("how long cells may take to save when stopped", ge=0, le=86_400)
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -198,7 +198,8 @@ class Experiment:
         try:
             plain = read_json(path)
         except RecordError as error:
-            raise RecordError(f"{error}; `run` writes it anew") from error
+            mended = "" if isinstance(error.__cause__, OSError) else "; `run` writes it anew"
+            raise RecordError(f"{error}{mended}") from error
         if plain is None:
             known = sorted(entry.parent.name for entry in self.runs.glob("experiments/*/plan.json"))
             raise ConfigError(

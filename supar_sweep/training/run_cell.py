@@ -12,10 +12,12 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import math
 import shutil
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -259,6 +261,10 @@ class _Try:
             at = f"{outcome.end} after {outcome.steps_done} of {self.cell.train.steps} steps"
             self._end("timeout" if outcome.end == "timeout" else "cancelled", at, "")
             return
+        loss = outcome.train_loss
+        if outcome.end == "done" and loss is not None and not math.isfinite(loss):
+            # a function of the user's need not look; as done, its loss would be missing from every figure without a word
+            outcome = replace(outcome, end="diverged", train_loss=None, val_loss=None)
         self.attempt.publish(self._result(outcome), keep_checkpoints=self.runtime.keep_checkpoints)
         self._close(outcome.end, "")
 
