@@ -192,7 +192,7 @@ def tiny_cell_of(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     ("word", "says"),
     [
         ("runtime.keep_checkpoints=true", "runtime.keep_checkpoints: has no effect on calibrate"),
-        ("train.target=mine.train", "train.target: has no steps that calibrate could time (got 'mine.train')"),
+        ("train.target=json.dumps", "train.target: has no steps that calibrate could time (got 'json.dumps')"),
     ],
 )
 def test_what_has_no_effect_is_refused(here: Path, capsys: pytest.CaptureFixture[str], word: str, says: str) -> None:

@@ -156,7 +156,9 @@ def test_one_cell_is_cancelled_in_a_queue_only(here: Path, capsys: pytest.Captur
     said = refused(capsys, "cancel", *NAME, f"cell={one.cell.cell_id}")
     assert "cell: one cell can be cancelled in SLURM's queue only" in said
     Experiment(Path("runs"), "other").write(seeds(7))
-    assert "cell: is no cell of other" in refused(capsys, "cancel", "experiment.name=other", f"cell={one.cell.cell_id}")
+    assert "cell: is not a cell of other" in refused(
+        capsys, "cancel", "experiment.name=other", f"cell={one.cell.cell_id}"
+    )
 
 
 def test_a_table_of_very_many_rows_is_folded(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

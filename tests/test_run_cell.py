@@ -55,7 +55,7 @@ def assert_as_uninterrupted(job: Any, tmp_path: Path) -> None:
 # ---------------------------------------------------------------- in a process of its own
 
 
-def _killed_at_poll(job: Any, poll: int) -> None:
+def killed_at_poll(job: Any, poll: int) -> None:
     polls = 0
 
     def should_stop() -> bool:
@@ -146,7 +146,7 @@ def test_checkpoints_are_kept_where_asked(tmp_path: Path) -> None:
 @pytest.mark.parametrize("poll", [0, 1, *random.Random(0).sample(range(2, 12), 3)])
 def test_sigkill_at_any_step_then_again_is_as_never_killed(poll: int, tmp_path: Path) -> None:
     job = tiny_job(tmp_path / "cells", runtime=EVERY_2, **{"train.eval_every_steps": 3})
-    killed(_killed_at_poll, job, poll)
+    killed(killed_at_poll, job, poll)
     assert folder_of(job).result() is None
     assert run_cell(job) == "done"
     assert result_of(job)["resumed_from_step"] == poll // 2 * 2
@@ -156,7 +156,7 @@ def test_sigkill_at_any_step_then_again_is_as_never_killed(poll: int, tmp_path: 
 def test_killed_again_and_again(tmp_path: Path) -> None:
     job = tiny_job(tmp_path / "cells", runtime=EVERY_2)
     for _ in range(4):
-        killed(_killed_at_poll, job, 3)  # three steps further each time, of which two are kept
+        killed(killed_at_poll, job, 3)  # three steps further each time, of which two are kept
     assert run_cell(job) == "done"
     assert result_of(job)["attempt"] == 5
     assert result_of(job)["resumed_from_step"] == 8
@@ -169,7 +169,7 @@ def test_killed_between_changes_of_its_masks(method: str, poll: int, tmp_path: P
     sparsity: dict[str, Any] = {"method": method, "update_fraction": 0.2, "stop_fraction": 0.75}
     more = {"start_fraction": 0.0, "hparams_density": "current"} if method == "gmp" else {"drop_fraction": 0.3}
     job = tiny_job(tmp_path / "cells", runtime=EVERY_2, sparsity={**sparsity, **more})
-    killed(_killed_at_poll, job, poll)
+    killed(killed_at_poll, job, poll)
     assert run_cell(job) == "done"
     result = result_of(job)
     assert result["resumed_from_step"] == 2 * (poll // 2)
@@ -205,7 +205,7 @@ def test_killed_from_outside_at_any_moment(tmp_path: Path) -> None:
 @pytest.mark.parametrize("n_damaged", [1, 2])
 def test_damaged_checkpoints_cost_time_only_and_are_on_record(n_damaged: int, tmp_path: Path) -> None:
     job = tiny_job(tmp_path / "cells", runtime=EVERY_2)
-    killed(_killed_at_poll, job, 7)
+    killed(killed_at_poll, job, 7)
     paths = sorted((folder_of(job).path / "checkpoints").glob("*.pt"))
     for path in paths[-n_damaged:]:
         os.truncate(path, path.stat().st_size - 100)
@@ -220,7 +220,7 @@ def test_damaged_checkpoints_cost_time_only_and_are_on_record(n_damaged: int, tm
 def test_a_checkpoint_of_another_cell_fails_and_is_not_touched(tmp_path: Path) -> None:
     job = tiny_job(tmp_path, runtime=EVERY_2)
     other = tiny_job(tmp_path, runtime=EVERY_2, seed=1)
-    killed(_killed_at_poll, other, 5)
+    killed(killed_at_poll, other, 5)
     there, here = (folder_of(j).path / "checkpoints" for j in (other, job))
     here.parent.mkdir(parents=True)
     there.rename(here)
@@ -233,7 +233,7 @@ def test_a_checkpoint_of_another_cell_fails_and_is_not_touched(tmp_path: Path) -
 
 def test_a_mask_that_does_not_match_fails_with_its_hash(tmp_path: Path) -> None:
     job = tiny_job(tmp_path, runtime=EVERY_2)
-    killed(_killed_at_poll, {**job, "cell": {**job["cell"], "seed": 5}}, 5)
+    killed(killed_at_poll, {**job, "cell": {**job["cell"], "seed": 5}}, 5)
     assert run_cell(job) == "failed"
     assert "has other masks (hash" in end_of(job)["message"]
     assert list((folder_of(job).path / "checkpoints").glob("*.pt"))
@@ -317,7 +317,7 @@ def test_a_corpus_is_read_once_a_process(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_job_is_plain_json_and_a_moved_store_still_works(tmp_path: Path) -> None:
     job = json.loads(json.dumps(tiny_job(tmp_path / "here", runtime=EVERY_2)))
-    killed(_killed_at_poll, job, 5)
+    killed(killed_at_poll, job, 5)
     (tmp_path / "here").rename(tmp_path / "there")
     moved = {**job, "store": str(tmp_path / "there")}
     assert run_cell(moved) == "done"
@@ -355,120 +355,3 @@ def test_a_workers_first_model_is_freed_without_waiting_for_the_collector(comput
 def test_importing_run_cell_loads_no_torch() -> None:
     code = "import sys, supar_sweep.training.run_cell; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
-
-
-# ---------------------------------------------------------------- a lost past
-
-
-def _metrics_of(job: Any) -> Path:
-    return next(folder_of(job).path.glob("attempts/*/metrics.jsonl"))
-
-
-def _empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def _cut_in_a_line(path: Path) -> None:
-    content = path.read_bytes()
-    path.write_bytes(content[: content.index(b'"step": 5') + 3])  # after four whole lines
-
-
-def _noise(path: Path) -> None:
-    path.write_bytes(random.Random(0).randbytes(path.stat().st_size))
-
-
-def _wrong_line(line: bytes) -> Callable[[Path], None]:
-    def spoil(path: Path) -> None:
-        lines = path.read_bytes().splitlines(keepends=True)
-        path.write_bytes(b"".join([*lines[:4], line + b"\n", *lines[5:]]))
-
-    return spoil
-
-
-LOST: dict[str, tuple[Callable[[Path], Any], int]] = {
-    "emptied": (_empty, 0),
-    "deleted": (Path.unlink, 0),
-    "random bytes": (_noise, 0),
-    "cut": (_cut_in_a_line, 4),
-    "{}": (_wrong_line(b"{}"), 4),
-    "[]": (_wrong_line(b"[]"), 4),
-    "no step": (_wrong_line(b'{"loss": 1.0}'), 4),
-}
-
-
-@pytest.mark.parametrize("damage", LOST)
-def test_a_lost_past_costs_time_only_and_is_on_record(damage: str, tmp_path: Path) -> None:
-    spoil, begun_at = LOST[damage]
-    job = tiny_job(tmp_path / "cells", runtime=EVERY_2)
-    killed(_killed_at_poll, job, 7)  # checkpoints of steps 4 and 6
-    spoil(_metrics_of(job))
-    assert run_cell(job) == "done"
-    result = result_of(job)
-    assert result["resumed_from_step"] == begun_at
-    assert [
-        f"metrics before step {step} are lost" in text for step, text in zip((6, 4), result["warnings"], strict=False)
-    ]
-    assert len(result["warnings"]) == (1 if begun_at else 2)
-    assert all("are lost" in text for text in result["warnings"])
-    assert_as_uninterrupted(job, tmp_path)
-
-
-def test_a_checkpoint_from_before_its_lines_were_counted_is_gone_on_from(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save = run_cell_module.AttemptSink.save
-    for spoilt in (False, True):
-        job = tiny_job(tmp_path / f"{spoilt}", runtime=EVERY_2)
-        with monkeypatch.context() as old:
-            old.setattr(run_cell_module.AttemptSink, "save", _save_without_count)
-            assert run_cell(job, should_stop=_stop_at(6)) == "cancelled"
-        if spoilt:
-            _empty(_metrics_of(job))
-        assert run_cell(job) == "done"
-        assert result_of(job)["resumed_from_step"] == (0 if spoilt else 6)
-        assert_as_uninterrupted(job, tmp_path / f"{spoilt}")
-    assert run_cell_module.AttemptSink.save is save
-
-
-def _save_without_count(self: Any, step: int, state: Any) -> None:
-    self.attempt.flush()
-    self.checkpoints.save(step, state)
-
-
-def _stop_at(poll: int) -> Callable[[], bool]:
-    polls = iter(range(1_000))
-    return lambda: next(polls) >= poll
-
-
-def test_the_cells_of_a_cohort_lose_their_past_one_by_one(tmp_path: Path) -> None:
-    jobs = [tiny_job(tmp_path / "cells", runtime=EVERY_2, seed=seed) for seed in range(3)]
-    run_cell_module.run_cells(jobs, should_stop=_stop_at(8), ended=lambda *_: None)
-    stopped_at = {job["cell_id"]: folder_of(job).metrics()[-1]["step"] for job in jobs}
-    _empty(_metrics_of(jobs[1]))
-    ends: dict[str, str] = {}
-    run_cell_module.run_cells(jobs, ended=lambda cell_id, end, _: ends.update({cell_id: end}))
-    assert set(ends.values()) == {"done"}
-    begun_at = [result_of(job)["resumed_from_step"] for job in jobs]
-    assert begun_at[1] == 0
-    assert min(begun_at[0], begun_at[2]) > 0, stopped_at
-    for job in jobs:
-        assert [line["step"] for line in folder_of(job).metrics() if "loss" in line] == list(
-            range(1, job["cell"]["train"]["steps"] + 1)
-        )
-
-
-@pytest.mark.parametrize("name", ["metrics.jsonl", "lock"])
-def test_a_folder_in_the_place_of_a_record_says_what_to_remove(name: str, tmp_path: Path) -> None:
-    job = tiny_job(tmp_path / "cells", runtime=EVERY_2)
-    assert run_cell(job, should_stop=_stop_at(6)) == "cancelled"
-    path = _metrics_of(job) if name == "metrics.jsonl" else folder_of(job).path / "lock"
-    path.unlink()
-    path.mkdir()
-    ends: list[tuple[str, str]] = []
-    run_cell_module.run_cells([job], ended=lambda _, end, message: ends.append((end, message)))
-    ((end, message),) = ends
-    assert end == "failed"
-    assert f"{path} is a folder, where a file must be: remove it" in message
-    path.rmdir()
-    assert run_cell(job) == "done"
-    assert_as_uninterrupted(job, tmp_path)

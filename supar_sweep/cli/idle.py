@@ -89,6 +89,8 @@ def refuse_idle_evaluation(typed: Sequence[str], cells: Sequence[CellConfig]) ->
 
 
 def _refuse_beyond(typed: Sequence[str], key: str, every_steps: int | None, cells: Sequence[CellConfig]) -> None:
+    if any(cell.train.target for cell in cells):
+        return  # what an own training function makes of it is not known
     longest = max((cell.train.steps for cell in cells), default=0)
     if key in typed and every_steps is not None and every_steps > longest:
         problem = f"has no effect: no run has more than {longest} steps"

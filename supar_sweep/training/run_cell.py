@@ -261,12 +261,12 @@ class _Try:
             at = f"{outcome.end} after {outcome.steps_done} of {self.cell.train.steps} steps"
             self._end("timeout" if outcome.end == "timeout" else "cancelled", at, "")
             return
-        loss = outcome.train_loss
-        if outcome.end == "done" and loss is not None and not math.isfinite(loss):
+        end, loss = outcome.end, outcome.train_loss
+        if loss is not None and not math.isfinite(loss):
             # a function of the user's need not look; as done, its loss would be missing from every figure without a word
-            outcome = replace(outcome, end="diverged", train_loss=None, val_loss=None)
+            end, outcome = "diverged", replace(outcome, end="diverged", train_loss=None, val_loss=None)
         self.attempt.publish(self._result(outcome), keep_checkpoints=self.runtime.keep_checkpoints)
-        self._close(outcome.end, "")
+        self._close(end, "")
 
     def guarded(self, work: Callable[[], None]) -> bool:
         """Do some of the work and return whether it went well; else the cell has ended with what went wrong. Only what asks
