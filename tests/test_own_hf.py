@@ -107,6 +107,18 @@ def test_mamba_2_keeps_what_is_tagged_own() -> None:
     assert all(torch.equal(mixer.get_parameter(name), value) for name, value in before.items())
 
 
+def test_mamba_1_keeps_its_dt() -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(**{"hidden_size": 32, "num_hidden_layers": 1, "state_size": 8, "vocab_size": VOCAB, **SPECIAL})
+    dt_proj: Any = MambaForCausalLM(config).backbone.layers[0].mixer.dt_proj
+    tag(dt_proj, "weight", "hidden")
+    with pytest.raises(ConfigError, match=r"^bias: holds -\d.* to -\d.*, and its start at 0 would replace that"):
+        collect(dt_proj)
+    tag(dt_proj, "bias", "own")
+    assert len(collect(dt_proj)) == 2
+
+
 def test_gemmas_norms_are_not_started_at_1() -> None:
     from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
