@@ -90,7 +90,8 @@ def _set_by_the_user(owner: nn.Module, role: Role, values: Tensor) -> Tensor | N
     if role == "bias" and _beyond(values, bound):  # as the dt of Mamba, or a head's log frequencies
         return values
     if isinstance(owner, RNNBase | RNNCellBase) and owner.hidden_size > 1 and not values.numel() % owner.hidden_size:
-        for gate in values.view(-1, owner.hidden_size):  # a forget gate's 1 stands among random numbers
+        for start in range(0, values.numel(), owner.hidden_size):
+            gate = values[start : start + owner.hidden_size]  # a forget gate's 1 stands among random numbers
             of_gate = float(gate[0])
             if (of_gate != 0 and bool((gate == of_gate).all())) or _beyond(gate, bound):
                 return gate
