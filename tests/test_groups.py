@@ -256,6 +256,10 @@ def test_fully_sharded_parameters_are_refused_and_the_way_out_trains() -> None:
         fully_shard(net, mesh=init_device_mesh("cpu", (1,)))
         with pytest.raises(ConfigError, match=r"^table\.weight: was replaced after parameterize, as fully_shard"):
             param_groups(plans)
+        with pytest.raises(
+            ConfigError, match=r"^table\.weight: is sharded already .* parameterize first, then fully_shard"
+        ):
+            plan(net, density=0.25)
         named = dict(net.named_parameters())
         groups = [
             {

@@ -71,7 +71,7 @@ def test_mixtrals_experts_are_refused_until_their_fan_in_is_said() -> None:
         tag(attention.o_proj, "weight", "hidden_residual")
         tag(experts, "gate_up_proj", "hidden", in_block=True)
         tag(experts, "down_proj", "hidden_residual")
-    with pytest.raises(ConfigError, match=r"experts\.gate_up_proj: MixtralExperts is no convolution"):
+    with pytest.raises(ConfigError, match=r"experts\.gate_up_proj: MixtralExperts is not a known kind of layer"):
         collect(model)
     for layer in model.model.layers:
         experts = layer.mlp.experts

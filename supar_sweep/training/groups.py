@@ -139,7 +139,7 @@ def _check_muon(plans: Sequence[ParameterPlan]) -> None:
                 value=plan.role,
                 allowed=f"roles={SPARSE_ROLES}",
             )
-    problem = "the rules have no row for Muon. Its groups hold AdamW's learning rates, and its own step is scaled by shape already"
+    problem = "the rules have no row for Muon. Its groups hold AdamW's learning rates; its own step is scaled by shape already"
     if any(plan.density < 1 for plan in plans):
         problem += ". It also moves pruned weights, unless you call supar_sweep.hold_masks(optimizer, plans)"
     warnings.warn(problem, stacklevel=4)

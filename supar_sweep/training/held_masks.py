@@ -233,7 +233,7 @@ def _masked(plans: Sequence[ParameterPlan], model: nn.Module | None) -> list[_Ma
                 "has none: call parameterize on it, then load_state_dict"
             )
         if parameter is None or parameter.shape != mask.shape:
-            shape = "is no parameter" if parameter is None else f"has the shape {tuple(parameter.shape)}"
+            shape = "is not a parameter" if parameter is None else f"has the shape {tuple(parameter.shape)}"
             raise MaskError(
                 f"{plan.name}: {shape} now, while its mask has {tuple(mask.shape)}; wrappers that flatten or replace "
                 "parameters cannot be followed. fully_shard and DistributedDataParallel can"

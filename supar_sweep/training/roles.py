@@ -92,11 +92,13 @@ def parameterize(
     Raises:
         ConfigError: a parameter without a role or base_fan_in, a layout or a start that cannot be known, ratios that disagree
             with tags or base, an unknown layer_density, a density out of range or one that leaves a layer without a live
-            weight, AdamW without eps, or, with write=False, masks that are not those of the model's weights.
+            weight, AdamW without eps, parameters on the meta device or sharded already, or, with write=False, masks that are not
+            those of the model's weights.
 
     Source: SuPar table 1 (init_var, lr of hidden weights); app. D.4 (each layer's own density).
     """
     parameters = collect(module, starts=write)
+    _check_at_hand(parameters, write)
     if base is not None:
         base_by_name, by_name = base_shapes(base), parameter_shapes(module)
         parameters = with_base(parameters, base_by_name, by_name)
@@ -273,6 +275,24 @@ def _write(item: TaggedParameter, init_std: float, lives: Sequence[int], seed: i
 
 def _has_mask(item: TaggedParameter) -> bool:
     return f"{item.local_name}_mask" in item.owner._buffers
+
+
+def _check_at_hand(parameters: Sequence[TaggedParameter], write: bool) -> None:
+    """Raise ConfigError where a parameter has no values, or is to be written while each process has a part of it only."""
+    for item in parameters:
+        if item.parameter.is_meta:
+            problem, allowed = (
+                "is on the meta device, where there are no values",
+                "parameterize after to_empty(device=...)",
+            )
+        elif write and hasattr(item.parameter, "device_mesh"):  # a DTensor
+            problem, allowed = (
+                "is sharded already (DTensor)",
+                "parameterize first, then fully_shard or parallelize_module",
+            )
+        else:
+            continue
+        raise ConfigError(item.name, problem, allowed=allowed)
 
 
 def _check_kept(item: TaggedParameter, n_live: int, density: float) -> None:
