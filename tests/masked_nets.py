@@ -52,7 +52,7 @@ def planned(density: float = DENSITY) -> tuple[Net, list[ParameterPlan]]:
     """Return a net with masks, and its plans."""
     net = Net()
     ratios = Ratios(m_d=2, m_L=1, n_layer=N_BLOCKS)
-    method = Method(parameterization="supar")
+    method = Method(parameterization="mup")  # SuPar warns of so few live weights a neuron
     return net, parameterize(net, method=method, hparams=HPARAMS, ratios=ratios, density=density, seed=0, eps=1e-8)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import supar_sweep
 from supar_sweep.errors import ConfigError, MaskError
@@ -187,7 +188,7 @@ def test_an_optimizer_over_tensors_that_were_replaced_is_refused() -> None:
     net, plans = planned()
     BECOMES["new parameters"](net)
     with pytest.raises(ConfigError, match=r"no longer blocks\.0\.fc\.weight.*named_parameters"):
-        hold_masks(torch.optim.AdamW(param_groups(plans)), plans)
+        hold_masks(torch.optim.AdamW([plan.parameter for plan in plans]), plans)
     assert hold_masks(torch.optim.AdamW(groups_by_name(net, plans)), plans).names == [
         plan.name for plan in plans if plan.density < 1
     ]
@@ -214,19 +215,11 @@ def test_nothing_is_held_where_nothing_is_masked() -> None:
 
 
 # ---------------------------------------------------------------- the check
-class Wrapper(nn.Module):
-    """Keeps a model as DistributedDataParallel does."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-
 WRAPPED: dict[str, Callable[[nn.Module], Any]] = {
     "copied": copy.deepcopy,
-    "wrapped": lambda net: Wrapper(copy.deepcopy(net)),
+    "wrapped": AveragedModel,  # of a copy
     "compiled": lambda net: torch.compile(copy.deepcopy(net), backend="eager"),
-    "wrapped and compiled": lambda net: torch.compile(Wrapper(copy.deepcopy(net)), backend="eager"),
+    "wrapped and compiled": lambda net: torch.compile(AveragedModel(net), backend="eager"),
 }
 
 
@@ -241,6 +234,9 @@ def test_the_check_sees_one_weight_in_the_model_that_is_trained(how: str) -> Non
     check_masks(plans)
     with pytest.raises(MaskError, match=r"^blocks\.1\.fc\.weight: 1 of \d+ dead weights are not 0\."):
         check_masks(plans, model=other)
+    unknown = nn.ModuleDict({"inside": net})
+    with pytest.raises(MaskError, match=r"^blocks\.0\.fc\.weight: .* pass the model that the wrapper holds"):
+        check_masks(plans, model=unknown)
 
 
 def test_the_check_reads_the_parameter_that_the_model_has_now() -> None:

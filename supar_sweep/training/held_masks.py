@@ -208,7 +208,10 @@ def _places(plans: Sequence[ParameterPlan], model: nn.Module | None) -> Iterator
         elif (place := by_name.get(plan.name)) is not None:
             yield _Place(plan, *place)
         elif plan.live < math.prod(plan.shape):
-            raise MaskError(f"{plan.name}: this model has no such parameter (of {sorted(by_name)[:3]} ...)")
+            raise MaskError(
+                f"{plan.name}: this model has no such parameter (of {sorted(by_name)[:3]} ...). If it is a wrapper, "
+                "pass the model that the wrapper holds"
+            )
 
 
 def _by_name(model: nn.Module) -> Mapping[str, tuple[nn.Module, str]]:
