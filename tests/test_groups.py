@@ -191,6 +191,8 @@ def test_weight_decay_is_decoupled_where_an_optimizer_can(kind: Any) -> None:
         net = Net()
         plans = plan(net, weight_decay=weight_decay)
         optimizer = kind(param_groups(plans, optimizer=kind))
+        # RAdam's first step alone would not tell
+        assert all(group["decoupled_weight_decay"] == (group["weight_decay"] > 0) for group in optimizer.param_groups)
         before, lr = net.up.weight.detach().clone(), by_name(plans)["up.weight"].hparams.lr
         train_a_step(net, optimizer)
         nets.append(net.up.weight.detach())

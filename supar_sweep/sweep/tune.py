@@ -210,7 +210,9 @@ class _Tuner:
                 failures = failures + 1 if error else 0
             held = {}
             if failures >= FAILURES_IN_A_ROW:
-                raise SuparError(f"study {self.config.name}: {failures} trials in a row failed; the last error: {error}")
+                raise SuparError(
+                    f"study {self.config.name}: {failures} trials in a row failed; the last error: {error}"
+                )
 
     def _complete(self) -> list[optuna.trial.FrozenTrial]:
         from optuna.trial import TrialState
