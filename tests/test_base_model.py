@@ -275,6 +275,19 @@ def test_sp_from_its_own_start_needs_no_base() -> None:
 
 
 # ---------------------------------------------------------------- plans of a trained model
+def unwritten(module: nn.Module, seed: int, density: float = 0.25) -> list[ParameterPlan]:
+    return parameterize(
+        module,
+        method=Method(parameterization="supar"),
+        hparams=HPARAMS,
+        ratios=Ratios(m_d=4, m_L=2, n_layer=4),
+        density=density,
+        seed=seed,
+        eps=1e-8,
+        write=False,
+    )
+
+
 def test_plans_of_a_trained_model_write_nothing() -> None:
     net = Net()
     first = plan(net, density=0.25)
@@ -282,18 +295,6 @@ def test_plans_of_a_trained_model_write_nothing() -> None:
         for parameter in net.parameters():
             parameter.mul_(1.5)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-
-    def unwritten(module: nn.Module, seed: int) -> list[ParameterPlan]:
-        return parameterize(
-            module,
-            method=Method(parameterization="supar"),
-            hparams=HPARAMS,
-            ratios=Ratios(m_d=4, m_L=2, n_layer=4),
-            density=0.25,
-            seed=seed,
-            eps=1e-8,
-            write=False,
-        )
 
     plans = unwritten(net, 5)
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
@@ -304,6 +305,29 @@ def test_plans_of_a_trained_model_write_nothing() -> None:
     loaded.load_state_dict({name: tensor for name, tensor in before.items() if not name.endswith("_mask")})
     unwritten(loaded, 0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("density", [0.125, 0.5, 1.0])
+def test_plans_of_a_trained_model_are_of_the_density_that_its_masks_have(density: float) -> None:
+    # their learning rates would be those of another density
+    net = Net()
+    plan(net, density=0.25)
+    with pytest.raises(ConfigError, match=r"^density: \w+\.weight has \d+ live weights, and this density asks for"):
+        unwritten(net, 0, density)
+
+
+def test_the_values_of_a_trained_model_are_not_set_to_0_by_masks_of_another_seed() -> None:
+    net, loaded = Net(), Net()
+    plan(net, density=0.25)
+    loaded.load_state_dict({name: tensor for name, tensor in net.state_dict().items() if not name.endswith("_mask")})
+    before = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+    for seed, density in ((7, 0.25), (0, 0.125)):
+        with pytest.raises(
+            ConfigError, match=r"has no mask, and the mask of this seed would set \d+ of its weights to 0"
+        ):
+            unwritten(loaded, seed, density)
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in before.items())
+    assert not [name for name in loaded.state_dict() if name.endswith("_mask")]
 
 
 def test_the_names_are_public() -> None:

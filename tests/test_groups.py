@@ -76,6 +76,8 @@ def test_roles_choose_and_leave_nothing_between() -> None:
     assert {role for group in hidden for role in group["role"].split("+")} == set(SPARSE_ROLES)
     with pytest.raises(ConfigError, match=r"^roles: unknown role \(got 'hiden'\); did you mean 'hidden'"):
         param_groups(plans, roles=("hiden",))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"^roles: is a single string \(got 'hidden'\); .*or one as \('hidden',\)"):
+        param_groups(plans, roles="hidden")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"^roles: no parameter has one \(got \('own',\)\)"):
         param_groups(plans, roles=["own"])
 
@@ -93,7 +95,7 @@ def test_every_optimizer_of_torch_takes_its_groups(kind: type[torch.optim.Optimi
         SPARSE_ROLES if kind is torch.optim.Muon else ("embedding",) if kind is torch.optim.SparseAdam else None
     )
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "the rules have no row for Muon")
+        warnings.filterwarnings("ignore", "the rules have no row for Muon|.* adds weight decay to the gradient")
         groups = param_groups(plans, optimizer=kind, roles=roles)
     optimizer: Any = kind(groups)  # type: ignore[call-arg]
     of_parameter = {item.parameter: item.hparams for item in plans}
@@ -176,24 +178,55 @@ def test_an_optimizer_of_ones_own_is_taken_as_it_is() -> None:
 
 
 def test_a_weight_decay_that_would_have_no_effect_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^weight_decay: has no effect: Rprop knows none"):
+    with pytest.raises(ConfigError, match=r"^weight_decay: has no effect: Rprop does not have one"):
         param_groups(plan(Net()), optimizer=torch.optim.Rprop)
+
+
+@pytest.mark.parametrize(
+    "kind", [torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam], ids=lambda kind: kind.__name__
+)
+def test_weight_decay_is_decoupled_where_an_optimizer_can(kind: Any) -> None:
+    nets = []
+    for weight_decay in (0.1, 0.0):
+        net = Net()
+        plans = plan(net, weight_decay=weight_decay)
+        optimizer = kind(param_groups(plans, optimizer=kind))
+        # RAdam's first step alone would not tell
+        assert all(group["decoupled_weight_decay"] == (group["weight_decay"] > 0) for group in optimizer.param_groups)
+        before, lr = net.up.weight.detach().clone(), by_name(plans)["up.weight"].hparams.lr
+        train_a_step(net, optimizer)
+        nets.append(net.up.weight.detach())
+    # the decay is a term of its own, whatever the gradient: -lr * weight_decay * weight
+    decay = by_name(plan(Net(), weight_decay=0.1))["up.weight"].hparams.weight_decay
+    torch.testing.assert_close(nets[0] - nets[1], -lr * decay * before, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adamax, torch.optim.Adagrad, torch.optim.RMSprop, torch.optim.Adadelta])
+def test_weight_decay_in_the_gradient_is_warned_of(kind: Any) -> None:
+    with pytest.warns(UserWarning, match=rf"^{kind.__name__} adds weight decay to the gradient.*use AdamW, or"):
+        param_groups(plan(Net(), weight_decay=0.1), optimizer=kind)
+    param_groups(plan(Net(), weight_decay=0.0), optimizer=kind)  # a warning is an error here
 
 
 def test_what_is_no_class_of_optimizers_is_refused() -> None:
     plans = plan(Net())
     for wrong in (torch.optim.AdamW(param_groups(plans)), nn.Linear, "adamw"):
-        with pytest.raises(ConfigError, match=r"^optimizer: is no class of optimizers"):
+        with pytest.raises(ConfigError, match=r"^optimizer: is not an optimizer class") as error:
             param_groups(plans, optimizer=wrong)  # type: ignore[arg-type]
+        assert "\n" not in str(error.value)  # an optimizer prints all of its groups
 
 
 def test_muon_takes_matrices_and_says_that_no_rule_is_for_it() -> None:
     plans = plan(Net())
-    problem = r"^norm\.weight: is no matrix, and Muon takes nothing else \(got 'norm'\); allowed: roles=\('hidden', "
+    problem = r"^norm\.weight: is not a matrix, and Muon takes nothing else \(got 'norm'\); allowed: roles=\('hidden', "
     with pytest.raises(ConfigError, match=problem):
         param_groups(plans, optimizer=torch.optim.Muon)
-    with pytest.warns(UserWarning, match="no row for Muon"):
+    with pytest.warns(UserWarning, match=r"no row for Muon.* already$"):
         groups = param_groups(plans, optimizer=torch.optim.Muon, roles=SPARSE_ROLES)
+    with pytest.warns(
+        UserWarning, match=r"no row for Muon.* moves pruned weights, unless you call supar_sweep\.hold_masks"
+    ):
+        param_groups(plan(Net(), density=0.25), optimizer=torch.optim.Muon, roles=SPARSE_ROLES)
     assert all(set(numbers(group)) == {"lr", "weight_decay"} for group in groups)
 
 
@@ -225,6 +258,10 @@ def test_fully_sharded_parameters_are_refused_and_the_way_out_trains() -> None:
         fully_shard(net, mesh=init_device_mesh("cpu", (1,)))
         with pytest.raises(ConfigError, match=r"^table\.weight: was replaced after parameterize, as fully_shard"):
             param_groups(plans)
+        with pytest.raises(
+            ConfigError, match=r"^table\.weight: is sharded already .* parameterize first, then fully_shard"
+        ):
+            plan(net, density=0.25)
         named = dict(net.named_parameters())
         groups = [
             {

@@ -69,7 +69,7 @@ def test_what_is_known_needs_no_fan_in(layer: nn.Module, name: str, fan_out: int
     [
         (
             Bare(4, 8, 6),
-            r"^weight: Bare is no convolution, so which axes are its inputs cannot be known \(shape \(4, 8, 6\)\)",
+            r"^weight: Bare is not a known kind of layer, so which axes are its inputs cannot be known \(shape \(4, 8, 6\)\)",
         ),
         (nn.Bilinear(4, 5, 6), r"^weight: Bilinear sums over pairs of inputs"),
         (nn.ConvTranspose2d(4, 8, 3), r"^weight: ConvTranspose2d stores its weight input first"),

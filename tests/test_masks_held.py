@@ -218,7 +218,7 @@ def test_nothing_is_held_where_nothing_is_masked() -> None:
 # ---------------------------------------------------------------- the check
 WRAPPED: dict[str, Callable[[nn.Module], Any]] = {
     "copied": copy.deepcopy,
-    "wrapped": AveragedModel,
+    "wrapped": AveragedModel,  # of a copy
     "compiled": lambda net: torch.compile(copy.deepcopy(net), backend="eager"),
     "wrapped and compiled": lambda net: torch.compile(AveragedModel(net), backend="eager"),
 }
@@ -235,6 +235,9 @@ def test_the_check_sees_one_weight_in_the_model_that_is_trained(how: str) -> Non
     check_masks(plans)
     with pytest.raises(MaskError, match=r"^blocks\.1\.fc\.weight: 1 of \d+ dead weights are not 0\."):
         check_masks(plans, model=other)
+    unknown = nn.ModuleDict({"inside": net})
+    with pytest.raises(MaskError, match=r"^blocks\.0\.fc\.weight: .* pass the model that the wrapper holds"):
+        check_masks(plans, model=unknown)
 
 
 def test_the_check_reads_the_parameter_that_the_model_has_now() -> None:

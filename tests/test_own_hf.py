@@ -71,7 +71,7 @@ def test_mixtrals_experts_are_refused_until_their_fan_in_is_said() -> None:
         tag(attention.o_proj, "weight", "hidden_residual")
         tag(experts, "gate_up_proj", "hidden", in_block=True)
         tag(experts, "down_proj", "hidden_residual")
-    with pytest.raises(ConfigError, match=r"experts\.gate_up_proj: MixtralExperts is no convolution"):
+    with pytest.raises(ConfigError, match=r"experts\.gate_up_proj: MixtralExperts is not a known kind of layer"):
         collect(model)
     for layer in model.model.layers:
         experts = layer.mlp.experts
@@ -105,6 +105,18 @@ def test_mamba_2_keeps_what_is_tagged_own() -> None:
         tag(mixer, name, "own", in_block=True)
     start(model, model, density=1.0)
     assert all(torch.equal(mixer.get_parameter(name), value) for name, value in before.items())
+
+
+def test_mamba_1_keeps_its_dt() -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(**{"hidden_size": 32, "num_hidden_layers": 1, "state_size": 8, "vocab_size": VOCAB, **SPECIAL})
+    dt_proj: Any = MambaForCausalLM(config).backbone.layers[0].mixer.dt_proj
+    tag(dt_proj, "weight", "hidden")
+    with pytest.raises(ConfigError, match=r"^bias: holds -\d.* to -\d.*, and its start at 0 would replace that"):
+        collect(dt_proj)
+    tag(dt_proj, "bias", "own")
+    assert len(collect(dt_proj)) == 2
 
 
 def test_gemmas_norms_are_not_started_at_1() -> None:

@@ -291,6 +291,13 @@ def test_impossible_densities(density: float) -> None:
         plan(Net(), density=density)
 
 
+def test_parameters_without_values_are_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^table\.weight: is on the meta device, .* allowed: parameterize after to_empty"
+    ):
+        plan(Net().to("meta"))
+
+
 def test_adamw_needs_eps() -> None:
     with pytest.raises(ConfigError, match=r"optimizer\.eps"):
         plan(Net(), eps=None)

@@ -57,7 +57,7 @@ def test_a_gain_outside_a_norm_is_not_guessed() -> None:
 
 def test_tag_refuses_unknown_names_roles_and_bases() -> None:
     layer = nn.Linear(4, 4)
-    with pytest.raises(ConfigError, match=r"weigth: is no parameter of this Linear; did you mean 'weight'"):
+    with pytest.raises(ConfigError, match=r"weigth: is not a parameter of this Linear; did you mean 'weight'"):
         tag(layer, "weigth", "hidden")
     with pytest.raises(ConfigError, match=r"did you mean 'hidden'"):
         tag(layer, "weight", "hiden")  # type: ignore[arg-type]

@@ -82,12 +82,12 @@ def test_diverged_is_told_as_log_vocabulary(tmp_path: Path) -> None:
 
 
 def test_failed_trials_are_not_told_and_stop_the_study(tmp_path: Path) -> None:
-    with pytest.raises(SuparError, match="4 trials on end failed; the last error: boom"):
+    with pytest.raises(SuparError, match="4 trials in a row failed; the last error: boom"):
         run(tmp_path, Basin(fails_above_log2_lr=-20.0))
 
 
 def test_the_last_error_is_told_while_other_trials_are_under_way(tmp_path: Path) -> None:
-    with pytest.raises(SuparError, match="3 trials on end failed; the last error: boom"):
+    with pytest.raises(SuparError, match="3 trials in a row failed; the last error: boom"):
         run(tmp_path, Basin(fails_above_log2_lr=-20.0), study(batch_trials=None))
 
 

@@ -55,6 +55,13 @@ def filled(module: nn.Module, name: str, value: float) -> nn.Module:
     return module
 
 
+def spread(module: nn.Module, name: str, low: float, high: float) -> nn.Module:
+    parameter = module.get_parameter(name)
+    with torch.no_grad():
+        parameter.copy_(torch.linspace(low, high, parameter.numel()))
+    return module
+
+
 # ---------------------------------------------------------------- refused
 @pytest.mark.parametrize(
     ("module", "name", "problem"),
@@ -66,6 +73,8 @@ def filled(module: nn.Module, name: str, value: float) -> nn.Module:
         (filled(nn.Linear(4, 3), "bias", -4.6), "bias", r"holds -4.6, and its start at 0 would replace that"),
         (filled(nn.Linear(4, 1), "bias", -4.6), "bias", r"holds -4.6, and its start at 0"),
         (filled(nn.Conv2d(4, 3, 1), "bias", -2), "bias", r"holds -2, and its start at 0"),
+        (spread(nn.Linear(4, 3), "bias", -6, -2), "bias", r"holds -6 to -2, and its start at 0"),  # as the dt of Mamba
+        (spread(nn.Conv2d(4, 3, 1), "bias", 0.6, 0.7), "bias", r"holds 0.6 to 0.7, and its start at 0"),
         (filled(nn.LayerNorm(4), "weight", 1e-4), "weight", r"holds 0.0001, and its start at 1"),
         (filled(nn.LayerNorm(4), "bias", 7), "bias", r"holds 7, and its start at 0"),
         (RMSNorm(0.0), "weight", r"holds 0, and its start at 1"),
@@ -87,8 +96,9 @@ def test_values_that_somebody_set_are_not_replaced(module: nn.Module, name: str,
     assert torch.equal(item.parameter, before)
 
 
+@pytest.mark.parametrize("values", [torch.ones(8), torch.linspace(1, 3, 8)], ids=["constant", "spread"])
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.LSTMCell])
-def test_a_gate_set_among_random_biases_is_seen(kind: Callable[..., Any]) -> None:
+def test_a_gate_set_among_random_biases_is_seen(kind: Callable[..., Any], values: Tensor) -> None:
     layer, fresh = kind(4, 8), kind(4, 8)
     for module in (layer, fresh):
         for name, parameter in module.named_parameters():
@@ -96,8 +106,8 @@ def test_a_gate_set_among_random_biases_is_seen(kind: Callable[..., Any]) -> Non
     assert {item.tag.role for item in collect(fresh)} == {"bias"}  # torch's random start goes to 0, as ever
     name = next(name for name, _ in layer.named_parameters() if "bias_hh" in name)
     with torch.no_grad():
-        layer.get_parameter(name)[8:16].fill_(1.0)
-    with pytest.raises(ConfigError, match=rf"^{name}: holds 1, and its start at 0 would replace that"):
+        layer.get_parameter(name)[8:16].copy_(values)
+    with pytest.raises(ConfigError, match=rf"^{name}: holds 1( to 3)?, and its start at 0 would replace that"):
         collect(layer)
     assert len(collect(layer, starts=False)) == 2
 
@@ -108,6 +118,8 @@ def test_a_gate_set_among_random_biases_is_seen(kind: Callable[..., Any]) -> Non
     [
         (nn.Linear(4, 3), "bias", "bias"),  # uniform
         (nn.Linear(4, 1), "bias", "bias"),  # uniform: one number is a constant whatever it is
+        (nn.Bilinear(4, 4, 1), "bias", "bias"),  # uniform, by the first input
+        (spread(nn.Linear(4, 3), "bias", -6, -0.4), "bias", "bias"),  # after training, some are still small
         (filled(nn.Linear(4, 3), "bias", 0), "bias", "bias"),
         (filled(nn.Linear(4, 3), "bias", 1), "bias", "bias"),
         (nn.MultiheadAttention(4, 2), "in_proj_bias", "bias"),

@@ -256,8 +256,8 @@ def check_targets(settings: Settings, cells: Iterable[CellConfig]) -> None:
         return
     for target in dict.fromkeys(cell.train.target for cell in cells):
         if target is not None and find_spec(target.partition(".")[0]) is None:
-            problem, allowed = "cannot be found", "package.module.function, importable here and where the cell runs"
-            raise ConfigError("train.target", problem, value=target, allowed=allowed)
+            allowed = "package.module.function, importable here and where the cell runs: installed, or its folder in PYTHONPATH"
+            raise ConfigError("train.target", "cannot be found", value=target, allowed=allowed)
 
 
 def check_shares(settings: Settings, cells: Iterable[CellConfig]) -> None:

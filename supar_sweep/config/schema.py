@@ -158,7 +158,7 @@ class TrainConfig:
     eval_seqs: int = setting("held-out sequences, the same for every cell", ge=1, le=MANY)
     divergence_loss_mult: float = setting("diverged = loss above so many times log(vocabulary) ...", gt=1, le=LARGEST)
     divergence_patience_steps: int = setting(
-        "... for so many steps on end; non-finite at once. More than `steps` = never but for that", ge=1, le=MANY
+        "... for so many steps in a row; non-finite at once. More than `steps` = never but for that", ge=1, le=MANY
     )
     target: str | None = setting("dotted path of your own training function; null = the GPT", default=None)
 

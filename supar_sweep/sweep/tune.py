@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import optuna
 
 FAILURES_IN_A_ROW = 3
-"""A study stops when so many trials on end fail (crash, not diverge): the next would fail alike."""
+"""A study stops when so many trials in a row fail (crash, not diverge): the next would fail alike."""
 
 
 class Trainer(Protocol):
@@ -210,7 +210,9 @@ class _Tuner:
                 failures = failures + 1 if error else 0
             held = {}
             if failures >= FAILURES_IN_A_ROW:
-                raise SuparError(f"study {self.config.name}: {failures} trials on end failed; the last error: {error}")
+                raise SuparError(
+                    f"study {self.config.name}: {failures} trials in a row failed; the last error: {error}"
+                )
 
     def _complete(self) -> list[optuna.trial.FrozenTrial]:
         from optuna.trial import TrialState

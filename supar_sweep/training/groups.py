@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -22,6 +22,9 @@ RULES_OF: Mapping[str, OptimizerName] = {
 
 OTHER_EPS = ("Adadelta", "Adafactor", "Muon")
 """Classes whose eps is not added to the root of an average of squared gradients, so the rules' eps is none for them."""
+
+L2_DECAY = ("Adadelta", "Adagrad", "Adamax", "RMSprop")
+"""Classes that add weight decay to the gradient, where its strength no longer goes by the rules' lr * weight_decay."""
 
 
 def param_groups(
@@ -42,8 +45,11 @@ def param_groups(
         plans: from `parameterize`.
         apart: name -> a number; parameters with other numbers are in other groups, because their lr will differ.
         optimizer: the class that will take the groups: they then hold what it has. eps is left out where the class has
-            none, or one of another meaning (Adafactor's pair, Muon's); None = as for AdamW or SGD, after the method.
+            none, or one of another meaning (Adafactor's pair, Muon's), and `decoupled_weight_decay` is True where the class
+            has it (Adam, NAdam, RAdam), as the rules ask; None = as for AdamW or SGD, after the method.
         roles: only parameters of these; None = all. Muon takes ("hidden", "hidden_residual"), another optimizer the rest.
+
+    Warns where a class adds weight decay to the gradient (RMSprop, Adagrad, Adamax, Adadelta), and of Muon.
 
     Raises:
         ConfigError: a class that the plans' rules are not for (SGD over adamw's, or the reverse), one that would ignore a
@@ -68,6 +74,8 @@ def param_groups(
         group: dict[str, Any] = {"params": [plan.parameter for plan in members], "lr": numbers.lr}
         if "weight_decay" in takes:
             group["weight_decay"] = numbers.weight_decay
+        if "decoupled_weight_decay" in takes and numbers.weight_decay:
+            group["decoupled_weight_decay"] = True
         if "eps" in takes and numbers.eps is not None:
             group["eps"] = numbers.eps
         made.append({**group, "name": role if number == 1 else f"{role} {number}", "role": role})
@@ -75,6 +83,8 @@ def param_groups(
 
 
 def _known_roles(roles: Collection[Role]) -> Collection[Role]:
+    if isinstance(roles, str):
+        raise ConfigError("roles", "is a single string", value=roles, allowed=f"several roles, or one as ({roles!r},)")
     for role in roles:
         if role not in ALL_ROLES:
             raise ConfigError("roles", "unknown role", value=role, allowed=ALL_ROLES, nearest_to=str(role))
@@ -82,10 +92,12 @@ def _known_roles(roles: Collection[Role]) -> Collection[Role]:
 
 
 def _taken(optimizer: type[torch.optim.Optimizer], plans: Sequence[ParameterPlan]) -> set[str]:
-    """Return which of weight_decay and eps the groups of this class hold; see `param_groups` for the errors."""
-    if not inspect.isclass(cast(object, optimizer)) or not issubclass(optimizer, torch.optim.Optimizer):
+    """Return which settings the groups of this class hold; see `param_groups` for the errors."""
+    given: object = optimizer
+    if not (inspect.isclass(given) and issubclass(given, torch.optim.Optimizer)):
+        value = type(given).__name__ if isinstance(given, torch.optim.Optimizer) else given
         raise ConfigError(
-            "optimizer", "is no class of optimizers", value=optimizer, allowed="such as torch.optim.AdamW"
+            "optimizer", "is not an optimizer class", value=value, allowed="a class, such as torch.optim.AdamW"
         )
     names = [kind.__name__ for kind in optimizer.__mro__]
     fitting = next((RULES_OF[name] for name in names if name in RULES_OF), None)
@@ -97,10 +109,19 @@ def _taken(optimizer: type[torch.optim.Optimizer], plans: Sequence[ParameterPlan
             allowed=f"parameterize with Method(optimizer={fitting!r})",
         )
     settings = inspect.signature(optimizer).parameters
-    takes = {name for name in ("weight_decay", "eps") if name in settings}
-    if "weight_decay" not in takes and any(plan.hparams.weight_decay for plan in plans):
+    takes = {name for name in ("weight_decay", "decoupled_weight_decay", "eps") if name in settings}
+    decays = any(plan.hparams.weight_decay for plan in plans)
+    if "weight_decay" not in takes and decays:
         raise ConfigError(
-            "weight_decay", f"has no effect: {optimizer.__name__} knows none", allowed="HParams(weight_decay=0.0, ...)"
+            "weight_decay",
+            f"has no effect: {optimizer.__name__} does not have one",
+            allowed="HParams(weight_decay=0.0, ...)",
+        )
+    if decays and set(names) & set(L2_DECAY):
+        warnings.warn(
+            f"{optimizer.__name__} adds weight decay to the gradient. The rules are for decay that is decoupled from it: "
+            "use AdamW, or HParams(weight_decay=0.0, ...)",
+            stacklevel=3,
         )
     if set(names) & set(OTHER_EPS):
         takes -= {"eps"}
@@ -113,9 +134,12 @@ def _check_muon(plans: Sequence[ParameterPlan]) -> None:
     for plan in plans:
         if plan.parameter.dim() != 2:
             raise ConfigError(
-                plan.name, "is no matrix, and Muon takes nothing else", value=plan.role, allowed=f"roles={SPARSE_ROLES}"
+                plan.name,
+                "is not a matrix, and Muon takes nothing else",
+                value=plan.role,
+                allowed=f"roles={SPARSE_ROLES}",
             )
-    warnings.warn(
-        "the rules have no row for Muon: its groups hold AdamW's learning rates, and its own step is scaled by shape already",
-        stacklevel=4,
-    )
+    problem = "the rules have no row for Muon. Its groups hold AdamW's learning rates; its own step is scaled by shape already"
+    if any(plan.density < 1 for plan in plans):
+        problem += ". It also moves pruned weights, unless you call supar_sweep.hold_masks(optimizer, plans)"
+    warnings.warn(problem, stacklevel=4)

@@ -208,7 +208,10 @@ def _places(plans: Sequence[ParameterPlan], model: nn.Module | None) -> Iterator
         elif (place := by_name.get(plan.name)) is not None:
             yield _Place(plan, *place)
         elif plan.live < math.prod(plan.shape):
-            raise MaskError(f"{plan.name}: this model has no such parameter (of {sorted(by_name)[:3]} ...)")
+            raise MaskError(
+                f"{plan.name}: this model has no such parameter (of {sorted(by_name)[:3]} ...). If it is a wrapper, "
+                "pass the model that the wrapper holds"
+            )
 
 
 def _by_name(model: nn.Module) -> Mapping[str, tuple[nn.Module, str]]:
@@ -233,7 +236,7 @@ def _masked(plans: Sequence[ParameterPlan], model: nn.Module | None) -> list[_Ma
                 "has none: call parameterize on it, then load_state_dict"
             )
         if parameter is None or parameter.shape != mask.shape:
-            shape = "is no parameter" if parameter is None else f"has the shape {tuple(parameter.shape)}"
+            shape = "is not a parameter" if parameter is None else f"has the shape {tuple(parameter.shape)}"
             raise MaskError(
                 f"{plan.name}: {shape} now, while its mask has {tuple(mask.shape)}; wrappers that flatten or replace "
                 "parameters cannot be followed. fully_shard and DistributedDataParallel can"

@@ -91,7 +91,9 @@ _OWNERS: tuple[_Owner, ...] = (
         None,
         "sums over pairs of inputs, so which of the two grows with width cannot be known",
     ),
-    _Owner(lambda owner, shape: True, None, "is no convolution, so which axes are its inputs cannot be known"),
+    _Owner(
+        lambda owner, shape: True, None, "is not a known kind of layer, so which axes are its inputs cannot be known"
+    ),
 )
 
 

@@ -87,16 +87,18 @@ def parameterize(
         base: the same model at the base shape, or a function without arguments that builds it (on the meta device): gives
             every base_fan_in, and the ratios where they are left out (`supar_sweep.derive_ratios`).
         write: False leaves the values of a trained or loaded model as they are. Masks stay, too; a sparse layer that has none
-            gets that of the seed, and its dead entries become 0.
+            gets that of the seed. Both must fit the density, and every dead entry must be 0 already.
 
     Raises:
         ConfigError: a parameter without a role or base_fan_in, a layout or a start that cannot be known, ratios that disagree
             with tags or base, an unknown layer_density, a density out of range or one that leaves a layer without a live
-            weight, or AdamW without eps.
+            weight, AdamW without eps, parameters on the meta device or sharded already, or, with write=False, masks that are not
+            those of the model's weights.
 
     Source: SuPar table 1 (init_var, lr of hidden weights); app. D.4 (each layer's own density).
     """
     parameters = collect(module, starts=write)
+    _check_at_hand(parameters, write)
     if base is not None:
         base_by_name, by_name = base_shapes(base), parameter_shapes(module)
         parameters = with_base(parameters, base_by_name, by_name)
@@ -164,6 +166,8 @@ def start(
             wanted = replace(wanted, eps=_target(item, method, ratios, hparams, eps).eps)
         if write:
             _write(item, wanted.init_std, lives, seed)
+        elif pruned_for is None:
+            _check_kept(item, final, density)
         if final < size or _has_mask(item):
             _mask_dead(item, lives, seed, keep=not write, keep_full=final < size)
         plan = ParameterPlan(
@@ -273,6 +277,43 @@ def _has_mask(item: TaggedParameter) -> bool:
     return f"{item.local_name}_mask" in item.owner._buffers
 
 
+def _check_at_hand(parameters: Sequence[TaggedParameter], write: bool) -> None:
+    """Raise ConfigError where a parameter has no values, or is to be written while each process has a part of it only."""
+    for item in parameters:
+        if item.parameter.is_meta:
+            problem, allowed = (
+                "is on the meta device, where there are no values",
+                "parameterize after to_empty(device=...)",
+            )
+        elif write and hasattr(item.parameter, "device_mesh"):  # a DTensor
+            problem, allowed = (
+                "is sharded already (DTensor)",
+                "parameterize first, then fully_shard or parallelize_module",
+            )
+        else:
+            continue
+        raise ConfigError(item.name, problem, allowed=allowed)
+
+
+def _check_kept(item: TaggedParameter, n_live: int, density: float) -> None:
+    """Raise ConfigError where a parameter that keeps its mask has another number of live weights than the density asks for:
+    its plan would hold the learning rate of another density.
+    """
+    if isinstance(item.owner, CompactLinear):
+        kept = item.parameter.numel()
+    elif _has_mask(item):
+        kept = int(item.owner.get_buffer(f"{item.local_name}_mask").sum())
+    else:
+        return
+    if kept != n_live:
+        raise ConfigError(
+            "density",
+            f"{item.name} has {kept} live weights, and this density asks for {n_live}; write=False keeps the masks of the model",
+            value=density,
+            allowed="the density and layer_density of these masks",
+        )
+
+
 def _mask_dead(item: TaggedParameter, lives: Sequence[int], seed: int, *, keep: bool, keep_full: bool) -> None:
     """Mask one parameter that has, or will have, dead entries, or had a mask.
 
@@ -290,9 +331,15 @@ def _mask_dead(item: TaggedParameter, lives: Sequence[int], seed: int, *, keep: 
         dense_mask(stream_key(seed, MASK_STREAM, name), shape, live)
         for name, live in zip(item.matrices, lives, strict=True)
     ]
-    attach_mask(
-        item.owner, item.local_name, item.layout.tensor(masks, tuple(item.parameter.shape)), keep_full=keep_full
-    )
+    mask = item.layout.tensor(masks, tuple(item.parameter.shape))
+    if keep and (lost := int(item.parameter.detach().cpu()[~mask].count_nonzero())):
+        raise ConfigError(
+            item.name,
+            f"has no mask, and the mask of this seed would set {lost} of its weights to 0; write=False keeps all values",
+            value=f"seed={seed}",
+            allowed="the seed and density that the weights were masked with, or density=1",
+        )
+    attach_mask(item.owner, item.local_name, mask, keep_full=keep_full)
 
 
 def _normal_at(key: int, live: LivePositions, dtype: str) -> npt.NDArray[np.floating]:

@@ -109,13 +109,13 @@ def tag(
 
     Raises:
         ConfigError: no such parameter, an unknown role, a base_fan_in that is not positive, or a
-            fan_in or fan_out that is none, or that this role does not read.
+            fan_in or fan_out that is not a count, or that this role does not read.
     """
     held = [name for name, value in owner._parameters.items() if value is not None]
     if parameter_name not in held:
         raise ConfigError(
             parameter_name,
-            f"is no parameter of this {type(owner).__name__}",
+            f"is not a parameter of this {type(owner).__name__}",
             allowed=held,
             nearest_to=parameter_name,
         )

@@ -23,7 +23,8 @@ def guess_role(name: str, owner: nn.Module, local_name: str, parameter: Tensor, 
     """Return the role of an untagged parameter: a norm's gain, or a bias that starts at 0.
 
     Known are the classes of torch, of this package, and `bias` and the norms of transformers. What is started anew must not
-    hold a value of its user's: one constant but 0 or 1, or such a constant in one gate of an LSTM or GRU.
+    hold values of its user's: one constant but 0 or 1, such a constant in one gate of an LSTM or GRU, or biases that all lie on
+    one side of what torch draws.
 
     Args:
         name: full dotted name, for errors.
@@ -58,9 +59,11 @@ def guess_role(name: str, owner: nn.Module, local_name: str, parameter: Tensor, 
             f"has no role: a parameter of {class_name}, neither called bias nor in a norm; {hint}",
             allowed=_STARTS,
         )
-    if values is not None and (kept := _constant_of_the_users(owner, role, values)) is not None:
+    if values is not None and (kept := _set_by_the_user(owner, role, values)) is not None:
         start = 1 if role == "norm" else 0
-        raise ConfigError(name, f"holds {kept:g}, and its start at {start} would replace that: {hint}", allowed=_STARTS)
+        raise ConfigError(
+            name, f"holds {_shown(kept)}, and its start at {start} would replace that: {hint}", allowed=_STARTS
+        )
     return role
 
 
@@ -74,29 +77,41 @@ def _is_known(owner: nn.Module, local_name: str) -> bool:
     return bool(roots & {"torch", "transformers", "supar_sweep"} and _PLAIN_BIAS.fullmatch(local_name))
 
 
-def _constant_of_the_users(owner: nn.Module, role: Role, values: Tensor) -> float | None:
-    """Return a constant that somebody must have set, or None."""
+def _set_by_the_user(owner: nn.Module, role: Role, values: Tensor) -> Tensor | None:
+    """Return values that somebody must have set, or None: a constant, or numbers that torch's own start does not reach."""
     if values.numel() == 0:
         return None
-    first = float(values.flatten()[0])
+    bound, first = _default_bound(owner), float(values.flatten()[0])
     if bool((values == first).all()):
         # Gemma's norms multiply by 1 + gain and start it at 0, torch's own do not
         usual = (0.0, 1.0) if role == "bias" or isinstance(owner, _NORMS) else (1.0,)
-        random = values.numel() == 1 and abs(first) <= _default_bound(owner)
-        return None if first in usual or random else first
+        random = values.numel() == 1 and abs(first) <= bound  # one number is a constant whatever it is
+        return None if first in usual or random else values
+    if role == "bias" and _beyond(values, bound):  # as the dt of Mamba, or a head's log frequencies
+        return values
     if isinstance(owner, RNNBase | RNNCellBase) and owner.hidden_size > 1 and not values.numel() % owner.hidden_size:
-        for gate in values.view(-1, owner.hidden_size):  # a forget gate's 1 stands among random numbers
+        for start in range(0, values.numel(), owner.hidden_size):
+            gate = values[start : start + owner.hidden_size]  # a forget gate's 1 stands among random numbers
             of_gate = float(gate[0])
-            if of_gate != 0 and bool((gate == of_gate).all()):
-                return of_gate
+            if (of_gate != 0 and bool((gate == of_gate).all())) or _beyond(gate, bound):
+                return gate
     return None
 
 
+def _beyond(values: Tensor, bound: float) -> bool:
+    """Return whether all values lie on one side of [-bound, bound], for a known bound > 0."""
+    return bound > 0 and (float(values.min()) > bound or float(values.max()) < -bound)
+
+
 def _default_bound(owner: nn.Module) -> float:
-    """Return the largest bias of torch's default start: one number alone is a constant whatever it is."""
+    """Return the largest bias of torch's default start; 0 where its owner has no random one."""
+    if isinstance(owner, RNNBase | RNNCellBase):
+        return 1 / math.sqrt(max(1, owner.hidden_size))
     weight = getattr(owner, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() < 2:
         return 0.0
+    if isinstance(owner, nn.Bilinear):
+        return 1 / math.sqrt(max(1, owner.in1_features))
     return 1 / math.sqrt(max(1, weight[0].numel()))
 
 
