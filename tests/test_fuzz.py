@@ -112,6 +112,7 @@ def names(word: str) -> list[str]:
     key, value = key.partition("@")[0], value.strip("'\"")
     parts = key.split(".")
     found = [key, parts[-1], parts[-2] if len(parts) > 1 else key, parts[0]]
+    found += ["hparams"] if key == "hparams_file" else []  # hparams=FILE is its other spelling
     return [*found, value] if len(value) > 2 or key == "runs_dir" else found
 
 
