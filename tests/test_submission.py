@@ -36,6 +36,23 @@ def test_the_plan_is_frozen_and_read_back(runs_dir: Path) -> None:
     assert result["provenance"] == {"v": 1}
 
 
+def test_whether_a_plan_was_extended_is_told_from_its_text(runs_dir: Path) -> None:
+    place, plan = experiment(runs_dir), seeds(0)
+    assert not place.may_be_extended()
+    text_alike = replace(plan, provenance={"argv": ['"extended": [], "plan_version": 1, ']})
+    for frozen in (plan, text_alike):
+        place.write(frozen)
+        assert not place.may_be_extended()
+        place.write(replace(frozen, extended=({"line": "a"},)))
+        assert place.may_be_extended()
+    path = place.folder / "plan.json"
+    path.write_text(path.read_text().replace('"extended": [{"line": "a"}], ', ""))
+    assert place.may_be_extended()  # of a release without the word
+    path.unlink()
+    path.mkdir()
+    assert place.may_be_extended()  # `plan` says what is wrong
+
+
 def test_provenance_names_the_code(tmp_path: Path) -> None:
     here = provenance(Path(fake_cells.__file__).parent, {"torch": "2"})
     assert here["versions"] == {"torch": "2"}
