@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shlex
@@ -15,9 +16,11 @@ import pytest
 import yaml
 
 from supar_sweep.cli.launch import trains_on_gpu
-from supar_sweep.cli.main import COMMANDS, main, usage
+from supar_sweep.cli.main import COLLECT_EVERY, COMMANDS, main, usage
 from supar_sweep.cli.progress import Live, duration
 from supar_sweep.cli.rules import markdown
+from supar_sweep.cli.settings import Settings
+from supar_sweep.errors import SuparError
 from supar_sweep.rules.parameterization import ROLES, SITES, TABLE
 from tests.tiny import tiny_plain
 
@@ -398,6 +401,22 @@ def test_progress_off_a_terminal_is_a_few_plain_lines(capsys: pytest.CaptureFixt
     assert "a line that stays" in lines
     assert lines[-1].startswith("grid: 100/100")
     assert len(lines) < 10
+
+
+def test_garbage_is_collected_seldom_while_a_grid_is_read_and_as_before_afterwards(
+    runs_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def fails(settings: Settings) -> int:
+        seen.append(gc.get_threshold()[0])
+        raise SuparError("as it may")
+
+    monkeypatch.setattr("supar_sweep.cli.status.status", fails)
+    before = gc.get_threshold()
+    assert main(["status", f"runs_dir={runs_dir}"]) == 2
+    assert seen == [COLLECT_EVERY]
+    assert gc.get_threshold() == before
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0 s"), (59.4, "59 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")])

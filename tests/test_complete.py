@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import supar_sweep.sweep.complete as complete_module
 from supar_sweep.errors import BusyError, RecordError, SuparError
 from supar_sweep.sweep.cohorts import Price
 from supar_sweep.sweep.complete import Summary, complete
@@ -48,6 +50,13 @@ def test_a_grid_is_completed_and_then_there_is_nothing_to_do(runs_dir: Path) -> 
     again = run(runs_dir, plan)
     assert (again.complete, again.skipped) == (True, 4)
     assert {p: p.stat().st_mtime_ns for p in (runs_dir / "cells").rglob("*")} == before
+
+
+def test_the_count_of_all_cells_is_not_taken_after_every_end(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(complete_module, "SHOW_EVERY_S", math.inf)
+    told = Told()
+    summary = run(runs_dir, seeds(0, 1, 2, 3), told, processes=1)
+    assert told.counts == [{"n": 4, "pending": 4}, summary.counts]
 
 
 def test_points_that_train_the_same_way_share_a_cell_and_have_a_row_each(runs_dir: Path) -> None:

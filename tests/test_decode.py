@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from copy import deepcopy
+from dataclasses import is_dataclass, replace
 from typing import Any
 
 import pytest
 
-from supar_sweep.config.decode import decode, encode
+from supar_sweep.config.decode import Once, decode, encode
 from supar_sweep.config.schema import CellConfig, RuntimeConfig
 from supar_sweep.errors import ConfigError
 from tests.tiny import CELL, RUNTIME, tiny_plain
@@ -21,6 +22,20 @@ def changed(key: str, value: Any) -> dict[str, Any]:
 def test_encode_undoes_decode() -> None:
     cell = decode(CellConfig, CELL)
     assert decode(CellConfig, encode(cell)) == cell
+
+
+def test_the_plain_form_of_a_shared_section_is_computed_once() -> None:
+    cell, n_calls = decode(CellConfig, CELL), 0
+
+    def counted(value: Any) -> Any:
+        nonlocal n_calls
+        n_calls += 1
+        return encode(value)
+
+    once = Once(counted)
+    plain = [encode(replace(cell, seed=seed), once) for seed in range(5)]
+    assert plain == [encode(replace(cell, seed=seed)) for seed in range(5)]
+    assert n_calls == sum(map(is_dataclass, vars(cell).values()))
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from supar_sweep.config.decode import encode
 from supar_sweep.errors import ConfigError, RecordError, SuparError
+from supar_sweep.rules.parameterization import PARAMETERIZATIONS
 from supar_sweep.sweep.grid import GridPoint
+from supar_sweep.sweep.identity import cell_id
 from supar_sweep.sweep.status import (
     CellState,
     folders,
@@ -34,6 +37,39 @@ def test_the_plan_is_frozen_and_read_back(runs_dir: Path) -> None:
     assert result is not None
     assert result["provenance"].pop("worker_log").endswith(".log")  # the launcher's word
     assert result["provenance"] == {"v": 1}
+
+
+def test_cells_that_share_sections_are_what_they_are_alone() -> None:
+    base = tiny_cell()
+    decays = (replace(base, hparams=replace(base.hparams, weight_decay=decay)) for decay in (0.0, 0.1))
+    cells = [
+        replace(cell, parameterization=rules, density=density)
+        for cell in decays
+        for rules in PARAMETERIZATIONS
+        for density in (1.0, 0.5)
+    ]
+    points = [GridPoint(axes={}, cell=cell) for cell in cells]
+    plan = make_plan("test", points, runtime=tiny_runtime(), fingerprint=lambda data: "data", provenance={})
+    assert [row["cell_id"] for row in plan.points] == [cell_id(cell, "data") for cell in cells]
+    of_id = {cell_id(cell, "data"): encode(cell) for cell in reversed(cells)}  # the first of those that are one
+    assert {planned.cell_id: planned.cell for planned in plan.cells.values()} == of_id
+
+
+def test_whether_a_plan_was_extended_is_told_from_its_text(runs_dir: Path) -> None:
+    place, plan = experiment(runs_dir), seeds(0)
+    assert not place.may_be_extended()
+    text_alike = replace(plan, provenance={"argv": ['"extended": [], "plan_version": 1, ']})
+    for frozen in (plan, text_alike):
+        place.write(frozen)
+        assert not place.may_be_extended()
+        place.write(replace(frozen, extended=({"line": "a"},)))
+        assert place.may_be_extended()
+    path = place.folder / "plan.json"
+    path.write_text(path.read_text().replace('"extended": [{"line": "a"}], ', ""))
+    assert place.may_be_extended()  # of a release without the word
+    path.unlink()
+    path.mkdir()
+    assert place.may_be_extended()  # `plan` says what is wrong
 
 
 def test_provenance_names_the_code(tmp_path: Path) -> None:

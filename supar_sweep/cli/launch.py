@@ -221,7 +221,7 @@ def freeze(settings: Settings) -> Grid:
 
 def _added_before(experiment: Experiment) -> tuple[Added, ...]:
     """Return what was added to the experiment's grid by the runs before this one."""
-    if not (experiment.folder / "plan.json").exists():
+    if not experiment.may_be_extended():
         return ()
     try:
         return added_of(experiment.plan())

@@ -6,7 +6,7 @@ import contextlib
 import math
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import lru_cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -14,7 +14,7 @@ from supar_sweep.errors import ConfigError
 
 T = TypeVar("T")
 
-_SCALARS = (str, int, float)
+_PLAIN = (str, int, float, types.NoneType)
 
 
 def decode(cls: type[T], plain: Mapping[str, Any], *, prefix: str = "") -> T:
@@ -30,21 +30,29 @@ def decode(cls: type[T], plain: Mapping[str, Any], *, prefix: str = "") -> T:
     """
     if not isinstance(plain, Mapping):
         raise ConfigError(prefix, f"must be a mapping of {cls.__name__} settings", value=plain)
-    known = {item.name: item for item in fields(cls)}  # type: ignore[arg-type]
+    known = _fields(cls)  # type: ignore[arg-type]  # mypy: a class is hashable
     for key in plain:
         if key not in known:
             raise ConfigError(_join(prefix, str(key)), "unknown key", allowed=sorted(known), nearest_to=str(key))
-    hints = type_hints(cls)  # type: ignore[arg-type]  # mypy: a class is hashable
+    hints = type_hints(cls)  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     for name, item in known.items():
         if name in plain:
-            values[name] = _value(hints[name], plain[name], _join(prefix, name))
+            value, hint = plain[name], hints[name]
+            # most values of a grid's cells are of their type already; a float may be NaN
+            of_type = value.__class__ is hint and hint is not float
+            values[name] = value if of_type else _value(hint, value, _join(prefix, name))
         elif item.default is MISSING and item.default_factory is MISSING:
             raise ConfigError(_join(prefix, name), "is missing", allowed=item.metadata.get("doc", ""))
     try:
         return cls(**values)
     except ConfigError as error:
         raise (error.under(prefix) if prefix else error) from None
+
+
+@lru_cache(maxsize=64)
+def _fields(cls: type[Any]) -> dict[str, Field[Any]]:
+    return {item.name: item for item in fields(cls)}
 
 
 @lru_cache(maxsize=64)
@@ -62,11 +70,12 @@ def encode(config: Any, of_field: Callable[[Any], Any] | None = None) -> Any:
         of_field: gives the plain form of what the fields hold; default: this function. `Once(encode)`, where many configs
             share their parts.
     """
-    if config is None or isinstance(config, _SCALARS):
+    if isinstance(config, _PLAIN):
         return config
     if is_dataclass(config):
         of_field = of_field or encode
-        return {item.name: of_field(getattr(config, item.name)) for item in fields(config)}
+        values = ((name, getattr(config, name)) for name in _fields(config.__class__))
+        return {name: value if isinstance(value, _PLAIN) else of_field(value) for name, value in values}
     if isinstance(config, (list, tuple)):
         return [encode(item) for item in config]
     if isinstance(config, Mapping):
@@ -89,13 +98,12 @@ class Once:
         self._known: dict[int, tuple[Any, Any]] = {}
 
     def __call__(self, value: Any) -> Any:
+        if not is_dataclass(value):
+            return self._function(value)
         known = self._known.get(id(value))
-        if known is not None:
-            return known[1]
-        made = self._function(value)
-        if is_dataclass(value):
-            self._known[id(value)] = (value, made)
-        return made
+        if known is None:
+            known = self._known[id(value)] = (value, self._function(value))
+        return known[1]
 
 
 def decode_scalar(hint: Any, value: Any, key: str) -> Any:

@@ -7,6 +7,7 @@ import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, field, fields
+from functools import lru_cache
 from typing import Any
 
 from supar_sweep.errors import ConfigError
@@ -15,6 +16,14 @@ IDENTITY_DEFAULT = "identity_default"
 
 NAME_BYTES = 200
 """Longest name of a folder: file systems take 255 bytes, and files beside it carry the name with an ending."""
+
+
+_LIMITS: tuple[tuple[str, str, Callable[[float, float], bool]], ...] = (
+    ("ge", ">=", operator.ge),
+    ("gt", ">", operator.gt),
+    ("le", "<=", operator.le),
+    ("lt", "<", operator.lt),
+)
 
 
 def setting(
@@ -53,8 +62,19 @@ def later(doc: str, *, default: Any, **limits: Any) -> Any:
 
 def check_ranges(config: Any) -> None:
     """Raise ConfigError for the first field of a dataclass outside the range that its metadata declares. None always passes."""
-    for item in fields(config):
-        check_range(item.name, getattr(config, item.name), item.metadata)
+    for name, metadata in _with_range(config.__class__):
+        check_range(name, getattr(config, name), metadata)
+
+
+@lru_cache(maxsize=64)
+def _with_range(cls: type[Any]) -> tuple[tuple[str, Mapping[str, Any]], ...]:
+    """Return the fields that declare a range, and their metadata."""
+    names = ("choices", *(name for name, _, _ in _LIMITS))
+    return tuple(
+        (item.name, item.metadata)
+        for item in fields(cls)
+        if any(item.metadata.get(name) not in (None, ()) for name in names)
+    )
 
 
 def check_range(key: str, value: Any, metadata: Mapping[str, Any]) -> None:
@@ -70,13 +90,7 @@ def check_range(key: str, value: Any, metadata: Mapping[str, Any]) -> None:
     choices = metadata.get("choices")
     if choices and value not in choices:
         raise ConfigError(key, "unknown choice", value=value, allowed=choices, nearest_to=str(value))
-    parts: tuple[tuple[str, str, Callable[[float, float], bool]], ...] = (
-        ("ge", ">=", operator.ge),
-        ("gt", ">", operator.gt),
-        ("le", "<=", operator.le),
-        ("lt", "<", operator.lt),
-    )
-    limits = [(sign, metadata[name], test) for name, sign, test in parts if metadata.get(name) is not None]
+    limits = [(sign, bound, test) for name, sign, test in _LIMITS if (bound := metadata.get(name)) is not None]
     if limits and not (is_finite(value) and all(test(value, bound) for _, bound, test in limits)):
         allowed = " and ".join(f"{sign} {bound:g}" for sign, bound, _ in limits)
         raise ConfigError(key, "out of range", value=value, allowed=allowed)

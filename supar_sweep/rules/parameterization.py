@@ -150,6 +150,14 @@ COLUMNS: Mapping[Parameterization, Mapping[Literal["init_var", "rest"], Literal[
 }
 # fmt: on
 
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "parameterization": PARAMETERIZATIONS,
+    "optimizer": get_args(OptimizerName),
+    "depth": get_args(DepthRule),
+    "sp_start": get_args(SpStart),
+    "decay_mode": get_args(DecayMode),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
@@ -181,14 +189,7 @@ class Method:
     lr_density_exponent: float | None = None
 
     def __post_init__(self) -> None:
-        choices = {
-            "parameterization": PARAMETERIZATIONS,
-            "optimizer": get_args(OptimizerName),
-            "depth": get_args(DepthRule),
-            "sp_start": get_args(SpStart),
-            "decay_mode": get_args(DecayMode),
-        }
-        for name, allowed in choices.items():
+        for name, allowed in _CHOICES.items():
             value = getattr(self, name)
             if value not in allowed:
                 raise ConfigError(name, "unknown choice", value=value, allowed=allowed, nearest_to=str(value))

@@ -22,6 +22,9 @@ from supar_sweep.sweep.status import CellState, cell_state, folders, set_aside_t
 from supar_sweep.sweep.submission import Experiment, Plan, PlannedCell
 from supar_sweep.sweep.tries import Tries, as_recorded, next_try
 
+SHOW_EVERY_S, SHOW_EVERY_TIMES = 0.2, 50
+"""The progress is told no more than once in so many seconds, nor in so many times what it takes to count all cells."""
+
 
 class Progress(Protocol):
     """Somebody who shows how far a grid is."""
@@ -158,6 +161,8 @@ class _Run:
     known: Mapping[str, str] = field(default_factory=dict)
     paid: float = 0.0
     shown: dict[str, int] = field(default_factory=dict)
+    news: bool = True
+    show_at_s: float = 0.0
 
     def through(self, interrupts: Interrupts) -> Summary:
         """Take the grid to its end, and return the summary."""
@@ -186,8 +191,10 @@ class _Run:
             for event in events:
                 self._take(event)
             self._look_elsewhere()
-            if events or self._counts() != self.shown:
+            self.news |= bool(events)
+            if time.monotonic() >= self.show_at_s:
                 self._show()
+        self._show()
         return self._summary(skipped, time.monotonic() - begun_s)
 
     def _sort_out(self) -> None:
@@ -362,12 +369,16 @@ class _Run:
         return {"n": len(self.states), **counts}
 
     def _show(self) -> None:
-        """Tell the progress, with an ETA from what the finished cells cost."""
-        left = sum(self.prices[this].cost for this in (*self.todo, *self.under_way, *self.elsewhere))
-        elapsed_s = time.monotonic() - self.clock_s
-        eta_s = elapsed_s * left / self.paid if self.paid > 0 else None
-        self.shown = self._counts()
-        self.progress.update(self.shown, eta_s)
+        """Tell the progress where something has changed, with an ETA from what the finished cells cost."""
+        now_s = time.monotonic()
+        counts = self._counts()
+        if self.news or counts != self.shown:
+            left = sum(self.prices[this].cost for this in (*self.todo, *self.under_way, *self.elsewhere))
+            eta_s = (now_s - self.clock_s) * left / self.paid if self.paid > 0 else None
+            self.progress.update(counts, eta_s)
+        self.shown, self.news = counts, False
+        took_s = time.monotonic() - now_s
+        self.show_at_s = now_s + max(SHOW_EVERY_S, SHOW_EVERY_TIMES * took_s)
 
     def _summary(self, skipped: int, wall_s: float) -> Summary:
         kinds: dict[str, list[str]] = {}

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from functools import lru_cache
+from types import NoneType
 from typing import Any
 
 from supar_sweep.config.fields import IDENTITY_DEFAULT
@@ -66,7 +67,7 @@ def canonical(cell: CellConfig, of_field: Callable[[Any], Any] | None = None) ->
     of_field = of_field or plain_value
     # sections are copied, as below something is taken out of them
     plain: dict[str, Any] = {
-        name: dict(value) if isinstance(value := of_field(item), dict) else value for name, item in _items(cell)
+        name: dict(of_field(item)) if is_dataclass(item) else plain_value(item) for name, item in _items(cell)
     }
     for name in DATA_LOCATIONS:
         plain["data"].pop(name, None)
@@ -130,6 +131,8 @@ def _trained_as(cell: CellConfig) -> str:
 
 def plain_value(value: Any) -> Any:
     """Return what a field of a cell holds as plain values, of which each has one spelling; see `canonical`."""
+    if isinstance(value, (str, int, NoneType)):
+        return value
     if is_dataclass(value):
         return {name: plain_value(item) for name, item in _items(value)}
     if isinstance(value, float):

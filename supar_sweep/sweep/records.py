@@ -74,10 +74,11 @@ class Store:
         """Return every cell folder by id, in one walk (20,000 cells: well under a second)."""
         found: dict[str, CellFolder] = {}
         for shard in _names(self.root):
-            for name in _names(self.root / shard):
+            folder = self.root / shard
+            for name in _names(folder):
                 _, dash, cell_id = name.rpartition("-")
                 if dash and cell_id[:2] == shard:
-                    found[cell_id] = CellFolder(self.root / shard / name)
+                    found[cell_id] = CellFolder(folder / name)
         return found
 
 

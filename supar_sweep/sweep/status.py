@@ -113,7 +113,11 @@ def states(experiment: Experiment, plan: Plan, known: Mapping[str, CellState] | 
     """
     alive = experiment.runner() is not None
     complete = {this: state for this, state in (known or {}).items() if state.complete}
-    found = {this: complete.get(this) or cell_state(folder) for this, folder in folders(experiment.store, plan).items()}
+    index = experiment.store.index()
+    found = {
+        this: complete.get(this) or (cell_state(index[this]) if this in index else CellState("missing"))
+        for this in plan.cells
+    }
     if not alive:
         return found
     return {

@@ -34,6 +34,9 @@ from supar_sweep.sweep.records import Store
 
 PLAN_VERSION = 1
 
+_NOT_EXTENDED = f'"extended": [], "plan_version": {PLAN_VERSION}, '.encode()
+"""How a plan's text tells that nothing was added. No text of the user's can hold it: JSON writes quotes in it as \\"."""
+
 
 class Point(Protocol):
     """A grid point: where it stands (axis -> value) and its cell. grid.GridPoint is one."""
@@ -221,6 +224,17 @@ class Experiment:
             )
         except (KeyError, TypeError) as error:
             raise RecordError(f"{path} is torn ({error}); `run` writes it anew") from error
+
+    def may_be_extended(self) -> bool:
+        """Return False where no plan was written, or where the last one has nothing added to it: told from its text, because
+        reading the plan of a large grid takes a second.
+        """
+        try:
+            return _NOT_EXTENDED not in (self.folder / "plan.json").read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:  # `plan` says what is wrong
+            return True
 
     def cancel(self) -> locks.Holder:
         """Ask the experiment's `run` to stop its cells and itself, and return which process it is.
