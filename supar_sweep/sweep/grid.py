@@ -19,7 +19,7 @@ from supar_sweep.errors import ConfigError
 from supar_sweep.sweep.axes import absolute, expand
 
 MAX_CELLS = 100_000
-"""A grid has no more points: twice what `plan` and `status` were measured with, some 500 MB in each of them and a million
+"""A grid has no more points: twice what `plan` and `status` were measured with, some 700 MB in each of them and a million
 files. What has more is a slip of a step or a seed; what is meant can be several experiments over one store of cells."""
 
 SHOWN_PROBLEMS = 20
