@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+LONGEST_VALUE = 160
+"""Characters of a value that an error shows."""
+
 
 class SuparError(Exception):
     """Any error whose text is meant for the user: the command line prints it without a traceback."""
@@ -50,7 +53,7 @@ class ConfigError(SuparError):
         )
 
     def __str__(self) -> str:
-        shown = "" if self.value is ConfigError._NO_VALUE else f" (got {self.value!r})"
+        shown = "" if self.value is ConfigError._NO_VALUE else f" (got {_shortened(repr(self.value))})"
         text = f"{self.key}: {self.problem}{shown}" if self.key else f"{self.problem}{shown}"
         if isinstance(self.allowed, list):
             names = [str(name) for name in self.allowed]
@@ -61,6 +64,11 @@ class ConfigError(SuparError):
         elif self.allowed:
             text += f"; allowed: {self.allowed}"
         return text
+
+
+def _shortened(text: str) -> str:
+    """Return a value's text, without its middle where it fills lines: 1e308 as a whole number has 309 digits."""
+    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE // 2]}... ({len(text)} characters)"
 
 
 class DataError(SuparError):
