@@ -225,6 +225,10 @@ def test_data_that_cannot_serve_stops_every_command_before_it_begins(
         ("plan base.width=1e308", "base.width: out of range"),
         ("plan base.n_layer=1e308", "base.n_layer: out of range"),
         ("plan train.steps=1e308", "train.steps: out of range"),
+        (
+            "plan experiment.plot={figure:pareot}",
+            "experiment.plot.figure: no such figure (got 'pareot'); did you mean 'pareto'?",
+        ),
         ("plan train.steps=1e308", "... (309 characters)); allowed: >= 1"),
         ("plan train.steps=99999999999999999999999", "train.steps: out of range"),
         ("plan model.ffn_mult=1e23", "model.ffn_mult: out of range (got 1e+23); allowed: > 0 and <= 1000"),

@@ -20,6 +20,7 @@ from supar_sweep.cli.leave import leaves_jobs
 from supar_sweep.cli.logs import find_cell
 from supar_sweep.cli.main import INTERRUPTED
 from supar_sweep.cli.output import emit, say, write_json
+from supar_sweep.cli.plot import check_drawn
 from supar_sweep.cli.progress import Live, duration
 from supar_sweep.cli.rooms import room
 from supar_sweep.cli.settings import Settings
@@ -41,6 +42,7 @@ def run(settings: Settings) -> int:
     1 when not, 130 after Ctrl-C.
     """
     extension = Extension.asked(settings)
+    check_drawn(settings)
     grid = freeze(settings)
     say_idle(grid)
     say_few_live(grid.cells.values())

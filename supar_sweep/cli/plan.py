@@ -29,6 +29,7 @@ from supar_sweep.cli.launch import (
     with_threads,
 )
 from supar_sweep.cli.output import emit, say, write_json
+from supar_sweep.cli.plot import check_drawn
 from supar_sweep.cli.progress import duration
 from supar_sweep.cli.rooms import room
 from supar_sweep.cli.settings import Settings
@@ -58,6 +59,7 @@ def plan(settings: Settings) -> int:
     """Print which cells the grid has, what they cost, what is done, what would be submitted; nothing is started."""
     local = isinstance(launcher_config(settings), LocalConfig)
     test_only = _test_only(settings, local)
+    check_drawn(settings)
     grid = freeze(settings)
     say_idle(grid)
     say_few_live(grid.cells.values())

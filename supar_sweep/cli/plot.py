@@ -127,6 +127,23 @@ def draw_grid(settings: Settings, config: PlotConfig) -> None:
     say_written(written)
 
 
+def check_drawn(settings: Settings) -> dict[str, Any]:
+    """Return how the experiment says that it is drawn.
+
+    Raises:
+        ConfigError: a key or a figure that does not exist.
+    """
+    own = settings.drawn()
+    if unknown := next((key for key in own if key not in FIGURE), None):
+        raise ConfigError(f"experiment.plot.{unknown}", "unknown key", allowed=FIGURE, nearest_to=unknown)
+    figure = own.get("figure", "lr_basins")
+    if figure not in KINDS:
+        raise ConfigError(
+            "experiment.plot.figure", "no such figure", value=figure, allowed=KINDS, nearest_to=str(figure)
+        )
+    return own
+
+
 def figure_config(settings: Settings) -> PlotConfig:
     """Return what `plot` draws: as typed, else as the experiment says (experiment.plot), else as conf/_figure.yaml says.
 
@@ -135,9 +152,7 @@ def figure_config(settings: Settings) -> PlotConfig:
     Raises:
         ConfigError: a figure or setting that does not exist.
     """
-    own = settings.drawn()
-    if unknown := next((key for key in own if key not in FIGURE), None):
-        raise ConfigError(f"experiment.plot.{unknown}", "unknown key", allowed=FIGURE, nearest_to=unknown)
+    own = check_drawn(settings)
     typed = {key.partition(".")[0] for key in settings.given(*FIGURE)}
     plain = {key: settings.plain[key] for key in FIGURE}
     if "figure" in typed and plain["figure"] != own.get("figure", plain["figure"]):

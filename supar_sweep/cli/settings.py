@@ -146,7 +146,8 @@ class Settings:
         """Return what varies. Raises ConfigError for an experiment that is a coordinate check, not a grid."""
         self.refuse_check()
         spec = {key: value for key, value in self.plain["experiment"].items() if key not in ("name", "plot")}
-        if section := next((key for key in spec if key in self.plain), None):
+        own = {item.name for item in fields(GridSpec)}
+        if section := next((key for key in spec if key in self.plain and key not in own), None):
             problem = "is a section of its own, not a part of experiment"
             first_line = "a file of the group experiment whose first line is '# @package _global_'"
             raise ConfigError(f"experiment.{section}", problem, allowed=first_line)
