@@ -1,4 +1,4 @@
-"""The pages of docs/: all of them are reached, their examples run, and every name in them exists."""
+"""README, CONTRIBUTING and the pages of docs/: all of them are reached, their examples run, and every name in them exists."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = {
     name: (ROOT / name).read_text(encoding="utf-8")
-    for name in ("README.md", *(str(path.relative_to(ROOT)) for path in sorted(DOCS.rglob("*.md"))))
+    for name in (
+        *("README.md", "CONTRIBUTING.md"),
+        *(str(path.relative_to(ROOT)) for path in sorted(DOCS.rglob("*.md"))),
+    )
 }
 FENCE = re.compile(r"^(?:`(?P<file>[^`\n]+)`:\n\n)?```(?P<language>[^\n]*)\n(?P<body>.*?)^```", re.M | re.S)
 """A fenced block; a line before it may name the file that it shows."""
