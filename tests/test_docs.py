@@ -1,4 +1,4 @@
-"""The pages of docs/: all of them are reached, their examples run, and every name in them exists."""
+"""README, CONTRIBUTING and the pages of docs/: all of them are reached, their examples run, and every name in them exists."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = {
     name: (ROOT / name).read_text(encoding="utf-8")
-    for name in ("README.md", *(str(path.relative_to(ROOT)) for path in sorted(DOCS.rglob("*.md"))))
+    for name in (
+        *("README.md", "CONTRIBUTING.md"),
+        *(str(path.relative_to(ROOT)) for path in sorted(DOCS.rglob("*.md"))),
+    )
 }
 FENCE = re.compile(r"^(?:`(?P<file>[^`\n]+)`:\n\n)?```(?P<language>[^\n]*)\n(?P<body>.*?)^```", re.M | re.S)
 """A fenced block; a line before it may name the file that it shows."""
 
 MAX_COLUMNS = 110
-AS_LONG_AS_THEY_WERE = {
-    "docs/LOG.md": "its entries are history, and are not rewritten",
-    "docs/slurm.md": "other changes to it are under way; it is to be wrapped after them",
-}
+AS_LONG_AS_THEY_WERE = {"docs/LOG.md": "its entries are history, and are not rewritten"}
 PAST = {"docs/LOG.md"}
 """Pages whose names were true on their dates."""
 MINE = {"mine", *re.findall(r"^`myconf/experiment/(\w+)\.yaml`:$", PAGES["docs/experiments.md"], re.M)}

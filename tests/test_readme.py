@@ -141,7 +141,7 @@ def test_the_page_on_slurm_names_every_option_command_and_kind_of_end() -> None:
     assert [
         word for word in ("calibrate", "plan", "run", "status", "logs", "cancel") if f"supar-sweep {word}" not in page
     ] == []
-    table = re.search(r"^## Ends\n(.*?)^## ", page, re.M | re.S)
+    table = re.search(r"^## What each end means\n(.*?)^## ", page, re.M | re.S)
     assert table
     unsaid = {
         "running",
