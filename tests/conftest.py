@@ -63,6 +63,13 @@ def _no_compiler() -> str | None:
     return None if any(map(shutil.which, names)) else f"no C++ compiler: none of {', '.join(names)}"
 
 
+def _no_inductor() -> str | None:
+    import torch
+
+    spaced = " " in torch.__file__
+    return _no_compiler() or ("torch.compile does not quote the path of torch, which has a space" if spaced else None)
+
+
 def _no_history() -> str | None:
     folder = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     try:
@@ -84,6 +91,7 @@ REQUIREMENTS = {
     "root": Requirement("the superuser", _no_root),
     "history": Requirement("a git clone that holds the commit BASELINE", _no_history),
     "compiler": Requirement("a C++ compiler on PATH", _no_compiler),
+    "inductor": Requirement("a C++ compiler, and torch under a path without a space", _no_inductor),
     "hf": Requirement(
         "transformers, tokenizers and safetensors", lambda: _no_package("transformers", "tokenizers", "safetensors")
     ),

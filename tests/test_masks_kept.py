@@ -83,7 +83,7 @@ def test_a_copys_masks_hold_under_every_optimizer(name: str, how: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.compiler
+@pytest.mark.inductor
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("how", ["whole", "blocks"])
 def test_masks_hold_in_what_inductor_makes_of_a_copy(how: str) -> None:

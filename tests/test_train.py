@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
 from typing import Any
 
 import pytest
@@ -211,8 +210,7 @@ def test_a_route_without_effect_is_an_error_and_auto_takes_torchs(precision: str
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++"))), reason="no C++ compiler")
-@pytest.mark.skipif(" " in torch.__file__, reason="torch.compile does not quote the path of torch, which has a space")
+@pytest.mark.inductor
 def test_compiled_is_the_same_to_rounding(corpus: Corpus) -> None:
     _, plain = run(corpus)
     outcome, compiled = run(corpus, runtime={"compile": True})
