@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,7 +62,7 @@ def test_an_array_runs_up_to_the_highest_index(slurm: Cluster) -> None:
 def test_memory_is_enforced(slurm: Cluster) -> None:
     def take(megabytes: int) -> str:
         code = f"import time; kept = b'x' * ({megabytes} << 20); time.sleep(6); print(len(kept))"
-        return slurm.batch(f'srun {sys.executable} -c "{code}"', "--mem=200M")
+        return slurm.batch(f'srun {shlex.quote(sys.executable)} -c "{code}"', "--mem=200M")
 
     small, large = take(20), take(500)
     slurm.wait_for_state(small, "COMPLETED")
