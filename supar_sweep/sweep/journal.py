@@ -121,7 +121,7 @@ class _Journal:
             self._line += 1
             operation = json.loads(line)
             if not isinstance(operation, dict) or "op_code" not in operation:
-                raise ValueError("it is no operation of Optuna's")
+                raise ValueError("it is not an operation of Optuna's")
             code = operation["op_code"]
             if code == _CREATE_TRIAL or (code == _SET_TRIAL_STATE and operation["state"] == _RUNNING):
                 self.last_start = begin
